@@ -1,0 +1,440 @@
+//! What ends a session from outside: deadlines, and whoever calls [`Watch::stop`].
+//!
+//! Every session has one [`Watch`]. It carries up to three deadlines (of the present stage, of
+//! silence, of the whole life) and one reason why it was stopped. A worker has one [`Wheel`] that
+//! turns every 100 ms and holds each watch once, in the slot where it is next to be looked at; a busy
+//! session only stores the time of its last byte, and is moved when its slot comes up. Being stopped
+//! wakes the session's task, whose waits ([`Watch::guard`]) then return: they hold no data, so they
+//! can be dropped, and whatever operation is in flight completes at once.
+
+use std::{
+    cell::{Cell, RefCell},
+    future::Future,
+    pin::Pin,
+    rc::Rc,
+    task::{Context, Poll, Waker},
+    time::{Duration, Instant},
+};
+
+/// The wheel's step.
+const TICK: Duration = Duration::from_millis(100);
+/// Slots of the wheel: 102.4 s a turn. A later deadline waits for several turns.
+const SLOTS: usize = 1024;
+const NONE: u32 = u32::MAX;
+
+/// A time or a span in steps of the wheel (100 ms).
+pub type Ticks = u64;
+
+thread_local! {
+    static WHEEL: RefCell<Wheel> = RefCell::new(Wheel::new());
+    static NOW: Cell<Ticks> = const { Cell::new(0) };
+}
+
+/// The calling worker's time: steps since it started, as of the wheel's last turn.
+pub fn now() -> Ticks {
+    NOW.get()
+}
+
+fn ticks(duration: Duration) -> Ticks {
+    let step = TICK.as_millis();
+    Ticks::try_from(duration.as_millis().div_ceil(step)).unwrap_or(Ticks::MAX / 2)
+}
+
+/// One deadline: when, and which reason it gives.
+#[derive(Clone, Copy)]
+struct Due<R> {
+    at: Ticks,
+    reason: R,
+}
+
+/// A stopped session's reason.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Stopped(pub u8);
+
+/// What may end a session, and when. Made by [`Watch::new`]; leaves the wheel when dropped.
+pub struct Watch {
+    shared: Rc<Shared>,
+}
+
+struct Shared {
+    stopped: Cell<Option<Stopped>>,
+    stage: Cell<Option<Due<u8>>>,
+    life: Cell<Option<Due<u8>>>,
+    silence: Cell<Option<(Ticks, u8)>>,
+    touched: Cell<Ticks>,
+    /// The wheel's node, and the time it is to be looked at.
+    node: Cell<u32>,
+    armed: Cell<Ticks>,
+    waker: RefCell<Option<Waker>>,
+}
+
+impl Watch {
+    /// A watch without deadlines.
+    pub fn new() -> Self {
+        let shared = Rc::new(Shared {
+            stopped: Cell::new(None),
+            stage: Cell::new(None),
+            life: Cell::new(None),
+            silence: Cell::new(None),
+            touched: Cell::new(now()),
+            node: Cell::new(NONE),
+            armed: Cell::new(Ticks::MAX),
+            waker: RefCell::new(None),
+        });
+        Self { shared }
+    }
+
+    /// Sets the present stage's deadline, in place of the one before.
+    pub fn stage(&self, after: Duration, reason: u8) {
+        self.shared.stage.set(Some(Due { at: now() + ticks(after) + 1, reason }));
+        self.arm();
+    }
+
+    /// Removes the stage's deadline.
+    pub fn stage_over(&self) {
+        self.shared.stage.set(None);
+    }
+
+    /// Sets the deadline of the whole session, counted from now.
+    pub fn life(&self, after: Duration, reason: u8) {
+        self.shared.life.set(Some(Due { at: now() + ticks(after) + 1, reason }));
+        self.arm();
+    }
+
+    /// Ends the session when [`Watch::touch`] was not called for so long.
+    pub fn silence(&self, after: Duration, reason: u8) {
+        self.shared.silence.set(Some((ticks(after) + 1, reason)));
+        self.touch();
+        self.arm();
+    }
+
+    /// Removes the limit of silence.
+    pub fn silence_over(&self) {
+        self.shared.silence.set(None);
+    }
+
+    /// Something moved. One store.
+    #[inline]
+    pub fn touch(&self) {
+        self.shared.touched.set(now());
+    }
+
+    /// Ends the session for a reason; the first reason stays.
+    pub fn stop(&self, reason: u8) {
+        self.shared.stop(reason);
+    }
+
+    /// A handle for others on this worker who may stop the session.
+    pub fn stopper(&self) -> impl Fn(u8) + 'static {
+        let shared = Rc::downgrade(&self.shared);
+        move |reason| {
+            if let Some(shared) = shared.upgrade() {
+                shared.stop(reason);
+            }
+        }
+    }
+
+    /// Why the session was stopped, if it was.
+    pub fn stopped(&self) -> Option<Stopped> {
+        self.shared.stopped.get()
+    }
+
+    /// Waits for `future`, or until the session is stopped; then `future` is dropped, so it must hold
+    /// no data.
+    pub fn guard<F: Future>(&self, future: F) -> Guarded<'_, F> {
+        Guarded { watch: self, future }
+    }
+
+    fn arm(&self) {
+        let due = self.shared.due();
+        if due < self.shared.armed.get() {
+            WHEEL.with_borrow_mut(|wheel| wheel.place(&self.shared, due));
+        }
+    }
+}
+
+impl Default for Watch {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Drop for Watch {
+    fn drop(&mut self) {
+        let _ = WHEEL.try_with(|wheel| {
+            if let Ok(mut wheel) = wheel.try_borrow_mut() {
+                wheel.remove(&self.shared);
+            }
+        });
+    }
+}
+
+impl Shared {
+    /// The earliest deadline.
+    fn due(&self) -> Ticks {
+        let stage = self.stage.get().map_or(Ticks::MAX, |due| due.at);
+        let life = self.life.get().map_or(Ticks::MAX, |due| due.at);
+        let silence = self.silence.get().map_or(Ticks::MAX, |(span, _)| self.touched.get() + span);
+        stage.min(life).min(silence)
+    }
+
+    /// The reason of a deadline that has come.
+    fn expired(&self, now: Ticks) -> Option<u8> {
+        let over = |due: Option<Due<u8>>| due.filter(|due| due.at <= now).map(|due| due.reason);
+        over(self.stage.get()).or_else(|| over(self.life.get())).or_else(|| {
+            let (span, reason) = self.silence.get()?;
+            (self.touched.get() + span <= now).then_some(reason)
+        })
+    }
+
+    fn stop(&self, reason: u8) {
+        if self.stopped.get().is_none() {
+            self.stopped.set(Some(Stopped(reason)));
+            if let Some(waker) = self.waker.take() {
+                waker.wake();
+            }
+        }
+    }
+}
+
+pin_project_lite::pin_project! {
+    /// The future of [`Watch::guard`].
+    pub struct Guarded<'a, F> {
+        watch: &'a Watch,
+        #[pin]
+        future: F,
+    }
+}
+
+impl<F: Future> Future for Guarded<'_, F> {
+    type Output = Result<F::Output, Stopped>;
+
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        let this = self.project();
+        if let Some(stopped) = this.watch.stopped() {
+            return Poll::Ready(Err(stopped));
+        }
+        if let Poll::Ready(output) = this.future.poll(cx) {
+            return Poll::Ready(Ok(output));
+        }
+        let mut waker = this.watch.shared.waker.borrow_mut();
+        if !waker.as_ref().is_some_and(|known| known.will_wake(cx.waker())) {
+            *waker = Some(cx.waker().clone());
+        }
+        Poll::Pending
+    }
+}
+
+/// The worker's wheel.
+pub struct Wheel {
+    heads: Vec<u32>,
+    nodes: Vec<Node>,
+    free: u32,
+    turned: Ticks,
+}
+
+struct Node {
+    shared: Option<Rc<Shared>>,
+    slot: u32,
+    before: u32,
+    after: u32,
+}
+
+impl Wheel {
+    fn new() -> Self {
+        Self { heads: vec![NONE; SLOTS], nodes: Vec::new(), free: NONE, turned: 0 }
+    }
+
+    /// Turns the calling worker's wheel for ever. Run it once a worker, as a task.
+    pub async fn run() {
+        let started = Instant::now();
+        loop {
+            crate::sleep(TICK).await;
+            Self::turn_to(ticks(started.elapsed()));
+        }
+    }
+
+    /// Turns the calling worker's wheel to a time; tests call it with a time of their own.
+    pub fn turn_to(time: Ticks) {
+        NOW.set(time);
+        while let Some(shared) = WHEEL.with_borrow_mut(|wheel| wheel.next_due(time)) {
+            match shared.expired(time) {
+                Some(reason) => shared.stop(reason),
+                None => {
+                    let due = shared.due();
+                    if due < Ticks::MAX {
+                        WHEEL.with_borrow_mut(|wheel| wheel.place(&shared, due));
+                    }
+                }
+            }
+        }
+    }
+
+    /// Takes the next watch out of the slots up to `time`.
+    fn next_due(&mut self, time: Ticks) -> Option<Rc<Shared>> {
+        // After a long stop every slot is passed once, not every missed turn.
+        self.turned = self.turned.max(time.saturating_sub(SLOTS as Ticks));
+        while self.turned <= time {
+            let node = self.heads[self.turned as usize % SLOTS];
+            if node == NONE {
+                if self.turned == time {
+                    return None;
+                }
+                self.turned += 1;
+                continue;
+            }
+            let shared = self.nodes[node as usize].shared.clone();
+            self.unlink(node);
+            if let Some(shared) = shared {
+                shared.node.set(NONE);
+                shared.armed.set(Ticks::MAX);
+                return Some(shared);
+            }
+        }
+        None
+    }
+
+    /// Puts a watch where it is to be looked at: at `due`, or a turn from now.
+    fn place(&mut self, shared: &Rc<Shared>, due: Ticks) {
+        self.remove(shared);
+        let at = due.max(self.turned + 1).min(self.turned + SLOTS as Ticks - 1);
+        let slot = at as usize % SLOTS;
+        let node = self.allocate();
+        let head = self.heads[slot];
+        self.nodes[node as usize] =
+            Node { shared: Some(shared.clone()), slot: slot as u32, before: NONE, after: head };
+        if head != NONE {
+            self.nodes[head as usize].before = node;
+        }
+        self.heads[slot] = node;
+        shared.node.set(node);
+        shared.armed.set(at);
+    }
+
+    fn remove(&mut self, shared: &Shared) {
+        let node = shared.node.replace(NONE);
+        if node != NONE {
+            self.unlink(node);
+            shared.armed.set(Ticks::MAX);
+        }
+    }
+
+    fn unlink(&mut self, node: u32) {
+        let Node { slot, before, after, .. } = self.nodes[node as usize];
+        match before {
+            NONE => self.heads[slot as usize] = after,
+            before => self.nodes[before as usize].after = after,
+        }
+        if after != NONE {
+            self.nodes[after as usize].before = before;
+        }
+        self.nodes[node as usize] = Node {
+            shared: None,
+            slot: 0,
+            before: NONE,
+            after: std::mem::replace(&mut self.free, node),
+        };
+    }
+
+    fn allocate(&mut self) -> u32 {
+        if self.free == NONE {
+            let node = self.nodes.len() as u32;
+            self.nodes.push(Node { shared: None, slot: 0, before: NONE, after: NONE });
+            return node;
+        }
+        let node = self.free;
+        self.free = self.nodes[node as usize].after;
+        node
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn in_a_thread(test: impl FnOnce() + Send + 'static) {
+        std::thread::spawn(test).join().unwrap();
+    }
+
+    #[test]
+    fn a_stage_ends_at_its_deadline() {
+        in_a_thread(|| {
+            let watch = Watch::new();
+            watch.stage(Duration::from_secs(10), 7);
+            Wheel::turn_to(100);
+            assert_eq!(watch.stopped(), None);
+            Wheel::turn_to(101);
+            assert_eq!(watch.stopped(), Some(Stopped(7)));
+        });
+    }
+
+    #[test]
+    fn a_touched_session_lives_on() {
+        in_a_thread(|| {
+            let watch = Watch::new();
+            watch.silence(Duration::from_secs(1), 3);
+            for time in 1..500 {
+                Wheel::turn_to(time);
+                if time % 9 == 0 {
+                    watch.touch();
+                }
+                assert_eq!(watch.stopped(), None, "at {time}");
+            }
+            Wheel::turn_to(520);
+            assert_eq!(watch.stopped(), Some(Stopped(3)));
+        });
+    }
+
+    #[test]
+    fn deadlines_beyond_a_turn_are_kept() {
+        in_a_thread(|| {
+            let watch = Watch::new();
+            watch.life(Duration::from_secs(600), 1);
+            for time in (0..6001).step_by(7) {
+                Wheel::turn_to(time);
+            }
+            assert_eq!(watch.stopped(), None);
+            Wheel::turn_to(6001);
+            assert_eq!(watch.stopped(), Some(Stopped(1)));
+        });
+    }
+
+    #[test]
+    fn a_long_stop_misses_nothing() {
+        in_a_thread(|| {
+            let watches: Vec<_> = (1..2000u64)
+                .map(|i| {
+                    let watch = Watch::new();
+                    watch.stage(TICK * i as u32, 1);
+                    watch
+                })
+                .collect();
+            Wheel::turn_to(5000);
+            Wheel::turn_to(10_000);
+            assert!(watches.iter().all(|watch| watch.stopped().is_some()));
+        });
+    }
+
+    #[test]
+    fn an_earlier_deadline_replaces_a_later_one() {
+        in_a_thread(|| {
+            let watch = Watch::new();
+            watch.silence(Duration::from_secs(600), 1);
+            watch.stage(Duration::from_secs(1), 2);
+            Wheel::turn_to(11);
+            assert_eq!(watch.stopped(), Some(Stopped(2)));
+            drop(watch);
+            WHEEL.with_borrow(|wheel| assert!(wheel.nodes.iter().all(|n| n.shared.is_none())));
+        });
+    }
+
+    #[test]
+    fn the_first_reason_stays() {
+        in_a_thread(|| {
+            let watch = Watch::new();
+            watch.stop(1);
+            watch.stop(2);
+            assert_eq!(watch.stopped(), Some(Stopped(1)));
+        });
+    }
+}

@@ -1,0 +1,46 @@
+//! The runtime facade: threads, rings, sockets, buffers, deadlines and mailboxes of a worker.
+//!
+//! This is the only crate that names monoio, and with the ledger the only one with `unsafe`. It owns
+//! the rules that make monoio 0.2.4 safe for a proxy:
+//!
+//! * nothing that holds data is ever dropped while the kernel works on it: a task waits with
+//!   [`Socket::readable`] or [`Socket::writable`], which hold none, and then does an operation that
+//!   completes at once, because every socket is non-blocking;
+//! * a session is ended from outside by its [`Watch`], which wakes it; it then closes its own sockets;
+//! * a panic in a task ends that task only ([`spawn`]);
+//! * no operation count can overflow a submission queue ([`Runtime`]).
+//!
+//! It never parses a protocol and knows nothing of users or policy.
+
+mod affinity;
+mod buffer;
+mod connect;
+mod deadline;
+mod join;
+mod listener;
+mod mailbox;
+mod pipe;
+mod process;
+mod runtime;
+mod socket;
+mod task;
+
+pub use affinity::{available_cores, pin_to_core};
+pub use buffer::{BUFFER_LARGE, BUFFER_SMALL, BUFFERS_LARGE_MAX, Buffer, buffer_statistics};
+pub use connect::{ConnectOptions, connect};
+pub use deadline::{Guarded, Stopped, Ticks, Watch, Wheel, now};
+pub use join::join;
+pub use listener::{Accepted, Listener, ListenerOptions, bind_listener};
+pub use mailbox::{Full, Mailbox, Sender, mailbox};
+pub use pipe::{PIPE_BYTES, PIPES_MAX, Pipe, set_pipes_max};
+pub use process::{
+    descriptor_limit, lower_priority, peak_descriptors, raise_descriptor_limit, thread_name,
+};
+pub use runtime::{Driver, DriverChoice, Runtime, RuntimeError, RuntimeOptions, cq_overflow};
+pub use socket::{Socket, TcpInfo};
+pub use task::{panics_total, spawn};
+
+/// Waits on the runtime's own timer; resolution one millisecond.
+pub async fn sleep(duration: std::time::Duration) {
+    monoio::time::sleep(duration).await;
+}

@@ -1,0 +1,49 @@
+//! Process limits: descriptors, thread names and priorities.
+
+use std::io;
+
+/// The soft limit of open descriptors (`RLIMIT_NOFILE`).
+pub fn descriptor_limit() -> u64 {
+    limits().map_or(1024, |limit| limit.rlim_cur)
+}
+
+/// Raises the soft descriptor limit to the hard one; returns the limit in force.
+pub fn raise_descriptor_limit() -> u64 {
+    let Ok(mut limit) = limits() else { return descriptor_limit() };
+    if limit.rlim_cur < limit.rlim_max {
+        limit.rlim_cur = limit.rlim_max;
+        // SAFETY: `limit` outlives the call. A refusal leaves the old limit in force.
+        unsafe { libc::setrlimit(libc::RLIMIT_NOFILE, &limit) };
+    }
+    descriptor_limit()
+}
+
+fn limits() -> io::Result<libc::rlimit> {
+    let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+    // SAFETY: `limit` outlives the call.
+    match unsafe { libc::getrlimit(libc::RLIMIT_NOFILE, &mut limit) } {
+        0 => Ok(limit),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+/// Open descriptors of this process, counted in `/proc/self/fd`.
+pub fn peak_descriptors() -> usize {
+    std::fs::read_dir("/proc/self/fd").map_or(0, |entries| entries.count().saturating_sub(1))
+}
+
+/// Names the calling thread (15 bytes at most, as the kernel keeps).
+pub fn thread_name(name: &str) {
+    let mut bytes = [0u8; 16];
+    let len = name.len().min(15);
+    bytes[..len].copy_from_slice(&name.as_bytes()[..len]);
+    // SAFETY: `bytes` is NUL-terminated and outlives the call.
+    unsafe { libc::prctl(libc::PR_SET_NAME, bytes.as_ptr()) };
+}
+
+/// Lowers the calling thread's priority by ten nice levels, for work that must not take a core from a
+/// worker (password hashing).
+pub fn lower_priority() {
+    // SAFETY: no memory is passed; on Linux the call with pid 0 concerns the calling thread.
+    unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, 10) };
+}

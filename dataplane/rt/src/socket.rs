@@ -1,0 +1,188 @@
+//! A non-blocking stream socket of a worker.
+//!
+//! Waiting ([`Socket::readable`], [`Socket::writable`]) holds no data and may be dropped at any time.
+//! Every other operation completes at once: the socket is non-blocking, and the kernel fails a ring
+//! operation on a non-blocking file with EAGAIN instead of parking it (`REQ_F_NOWAIT`).
+
+use std::{
+    cell::UnsafeCell,
+    io,
+    mem::ManuallyDrop,
+    net::{Shutdown, SocketAddr},
+    os::fd::{AsRawFd, FromRawFd, IntoRawFd, OwnedFd, RawFd},
+    time::Duration,
+};
+
+use monoio::io::AsyncWriteRent;
+
+use crate::{Buffer, runtime::on_ring};
+
+/// A connected stream socket, or any other descriptor whose readiness is awaited.
+pub struct Socket {
+    // Only `send` takes a mutable reference, and not across an await.
+    stream: UnsafeCell<ManuallyDrop<monoio::net::TcpStream>>,
+}
+
+impl Socket {
+    /// Takes a descriptor into the calling worker's driver. It must be non-blocking.
+    pub fn from_fd(fd: OwnedFd) -> io::Result<Self> {
+        // `from_std` only stores the number and registers it; it asks nothing of the socket.
+        let stream = monoio::net::TcpStream::from_std(std::net::TcpStream::from(fd))?;
+        Ok(Self { stream: UnsafeCell::new(ManuallyDrop::new(stream)) })
+    }
+
+    fn stream(&self) -> &monoio::net::TcpStream {
+        // SAFETY: the only mutable reference is made in `send` and ends before anything else runs.
+        unsafe { &*self.stream.get() }
+    }
+
+    /// The descriptor's number.
+    pub fn raw_fd(&self) -> RawFd {
+        self.stream().as_raw_fd()
+    }
+
+    /// Waits until a receive would not block. Holds nothing; may be dropped.
+    pub async fn readable(&self) -> io::Result<()> {
+        // Not relaxed: the epoll driver checks again, so that a receive of our own is seen.
+        self.stream().readable(false).await
+    }
+
+    /// Waits until a send would not block. Holds nothing; may be dropped.
+    pub async fn writable(&self) -> io::Result<()> {
+        self.stream().writable(false).await
+    }
+
+    /// Receives what is there; `WouldBlock` when nothing is, 0 at the end of the stream.
+    pub fn receive(&self, room: &mut [u8]) -> io::Result<usize> {
+        loop {
+            // SAFETY: `room` is writable for its whole length during the call.
+            let received = unsafe {
+                libc::recv(self.raw_fd(), room.as_mut_ptr().cast(), room.len(), libc::MSG_DONTWAIT)
+            };
+            match received {
+                -1 => {
+                    let error = io::Error::last_os_error();
+                    if error.kind() != io::ErrorKind::Interrupted {
+                        return Err(error);
+                    }
+                }
+                received => return Ok(received as usize),
+            }
+        }
+    }
+
+    /// Sends as much as the kernel takes now, by a system call of its own; `WouldBlock` when none.
+    pub fn send_now(&self, bytes: &[u8]) -> io::Result<usize> {
+        const FLAGS: libc::c_int = libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL;
+        loop {
+            // SAFETY: `bytes` is readable for its whole length during the call.
+            let sent =
+                unsafe { libc::send(self.raw_fd(), bytes.as_ptr().cast(), bytes.len(), FLAGS) };
+            match sent {
+                -1 => {
+                    let error = io::Error::last_os_error();
+                    if error.kind() != io::ErrorKind::Interrupted {
+                        return Err(error);
+                    }
+                }
+                sent => return Ok(sent as usize),
+            }
+        }
+    }
+
+    /// Sends as much as the kernel takes now, through the ring, so that the sends of many sessions
+    /// share one system call; `WouldBlock` when it takes none. Completes at once, and must not be
+    /// dropped before: the result says how many bytes left.
+    pub async fn send(&self, buffer: Buffer) -> (io::Result<usize>, Buffer) {
+        if !on_ring() {
+            return (self.send_now(buffer.filled()), buffer);
+        }
+        // SAFETY: the reference lives for this call only, which copies the descriptor into the
+        // operation; the future it returns does not touch the stream.
+        let stream = unsafe { &mut **self.stream.get() };
+        stream.write(buffer).await
+    }
+
+    /// Ends our side of the stream (FIN).
+    pub fn shutdown_write(&self) -> io::Result<()> {
+        self.borrow(|socket| socket.shutdown(Shutdown::Write))
+    }
+
+    /// Makes the coming close a reset (`SO_LINGER` 0), so that a cut stream does not look finished.
+    pub fn reset_on_close(&self) {
+        let _ = self.borrow(|socket| socket.set_linger(Some(Duration::ZERO)));
+    }
+
+    /// The local address.
+    pub fn local_addr(&self) -> io::Result<SocketAddr> {
+        self.borrow(|socket| address(socket.local_addr()?))
+    }
+
+    /// The peer's address.
+    pub fn peer_addr(&self) -> io::Result<SocketAddr> {
+        self.borrow(|socket| address(socket.peer_addr()?))
+    }
+
+    /// Takes the pending error (`SO_ERROR`).
+    pub fn take_error(&self) -> io::Result<Option<io::Error>> {
+        self.borrow(|socket| socket.take_error())
+    }
+
+    /// The kernel's view of the connection (`TCP_INFO`), for an explanation of a session.
+    pub fn tcp_info(&self) -> Option<TcpInfo> {
+        // SAFETY: an all-zero `tcp_info` is valid, and `len` is its size.
+        let (info, got) = unsafe {
+            let mut info: libc::tcp_info = std::mem::zeroed();
+            let mut len = std::mem::size_of::<libc::tcp_info>() as libc::socklen_t;
+            let got = libc::getsockopt(
+                self.raw_fd(),
+                libc::IPPROTO_TCP,
+                libc::TCP_INFO,
+                (&raw mut info).cast(),
+                &mut len,
+            );
+            (info, got)
+        };
+        (got == 0).then(|| TcpInfo {
+            round_trip: Duration::from_micros(info.tcpi_rtt.into()),
+            retransmits: info.tcpi_total_retrans,
+            congestion_window: info.tcpi_snd_cwnd,
+        })
+    }
+
+    fn borrow<T>(&self, f: impl FnOnce(&socket2::Socket) -> io::Result<T>) -> io::Result<T> {
+        // SAFETY: the descriptor is open as long as `self`; ManuallyDrop keeps it from being closed.
+        let socket = ManuallyDrop::new(unsafe { socket2::Socket::from_raw_fd(self.raw_fd()) });
+        f(&socket)
+    }
+}
+
+impl Drop for Socket {
+    fn drop(&mut self) {
+        // SAFETY: `self` is being dropped, so the stream is taken once and never seen again.
+        let stream = unsafe { ManuallyDrop::take(self.stream.get_mut()) };
+        drop(stream);
+    }
+}
+
+/// Parts of `TCP_INFO`.
+#[derive(Debug, Clone, Copy)]
+pub struct TcpInfo {
+    /// Smoothed round-trip time.
+    pub round_trip: Duration,
+    /// Segments sent again, over the connection's life.
+    pub retransmits: u32,
+    /// Congestion window in segments.
+    pub congestion_window: u32,
+}
+
+/// The IP address in a socket address; the other families have no place in a proxy.
+pub(crate) fn address(address: socket2::SockAddr) -> io::Result<SocketAddr> {
+    address.as_socket().ok_or_else(|| io::ErrorKind::Unsupported.into())
+}
+
+/// A socket2 socket as a descriptor.
+pub(crate) fn into_fd(socket: socket2::Socket) -> OwnedFd {
+    // SAFETY: `into_raw_fd` gives up ownership of an open descriptor, which we take.
+    unsafe { OwnedFd::from_raw_fd(socket.into_raw_fd()) }
+}

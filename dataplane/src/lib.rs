@@ -1,0 +1,3 @@
+//! Culvert's data plane.
+pub mod policy;
+pub mod settings;

@@ -1,0 +1,269 @@
+//! From a policy as written to a snapshot, with every problem named, off the workers.
+
+use std::{collections::HashMap, sync::Arc};
+
+use culvert_api::{
+    Place, Problem,
+    policy::{self as api, Access, Policy},
+};
+use culvert_proto::{Protocol, Target};
+
+use super::{
+    Credential, Directory, NetSet, OwnAddresses, Ports, Snapshot, TargetLists, TargetSet, Upstream,
+    User, UserId, UserUse,
+    snapshot::{Action, Rule, SHARDS, Shard, shard_of},
+};
+use crate::settings::Settings;
+
+/// Compiles a policy. What did not change since `previous` is shared with it: users' shards, remembered
+/// passwords, and what users have in use. Nothing of `previous` is touched unless all is well; then
+/// changed limits hold at once.
+///
+/// # Errors
+/// All problems, with keys relative to the policy.
+pub fn compile(
+    policy: &Policy,
+    settings: Settings,
+    own: OwnAddresses,
+    generation: u64,
+    previous: Option<&Snapshot>,
+) -> Result<Snapshot, Vec<Problem>> {
+    let mut compiler = Compiler { problems: policy.check(), groups: HashMap::new() };
+    let direct = Arc::new(Upstream { name: "direct".into(), egress: None });
+    let upstreams: HashMap<&str, Arc<Upstream>> = policy
+        .upstream
+        .iter()
+        .map(|upstream| {
+            let compiled =
+                Upstream { name: upstream.name.as_str().into(), egress: upstream.egress_address };
+            (upstream.name.as_str(), Arc::new(compiled))
+        })
+        .collect();
+    let black = compiler.filters(policy, Access::Deny);
+    let white = compiler.filters(policy, Access::Allow);
+    let rules = policy
+        .rule
+        .iter()
+        .enumerate()
+        .map(|(i, rule)| compiler.rule(i, rule, &upstreams, &direct))
+        .collect();
+    let directory = compiler.directory(&policy.user, previous.map(|previous| &previous.directory));
+
+    if !compiler.problems.is_empty() {
+        return Err(compiler.problems);
+    }
+    for user in directory.users() {
+        user.shared.apply(&user.limits);
+    }
+    Ok(Snapshot {
+        generation,
+        directory,
+        settings,
+        whitelist: policy.whitelist.clone().map(NetSet::new),
+        deny_ports: policy.deny_ports.clone().into(),
+        allow_internal: NetSet::new(policy.allow_internal.clone()),
+        own,
+        black,
+        white,
+        rules,
+        default: policy.default,
+        direct,
+    })
+}
+
+struct Compiler {
+    problems: Vec<Problem>,
+    /// Group names to numbers. Numbers are hashes, so that they stay the same from one snapshot to the
+    /// next and unchanged users can be shared.
+    groups: HashMap<String, u32>,
+}
+
+impl Compiler {
+    fn problem(&mut self, key: String, message: impl Into<String>) {
+        self.problems.push(Problem::new(Place::Nowhere, key, message));
+    }
+
+    fn group(&mut self, name: &str) -> u32 {
+        if let Some(&number) = self.groups.get(name) {
+            return number;
+        }
+        // Two names with one number would be one group; so the loser of a collision moves on.
+        let mut number = stable_hash(name) as u32;
+        while self.groups.values().any(|&taken| taken == number) {
+            number = number.wrapping_add(1);
+        }
+        self.groups.insert(name.to_owned(), number);
+        number
+    }
+
+    /// The filters of one kind, gathered by their ports: usually one set for all.
+    fn filters(&mut self, policy: &Policy, action: Access) -> Box<[(Ports, TargetSet)]> {
+        let mut by_ports: HashMap<(Ports, bool), Vec<(usize, TargetLists<'_>)>> = HashMap::new();
+        for (i, filter) in policy.filter.iter().enumerate() {
+            if filter.action == action {
+                let lists = TargetLists {
+                    domain: &filter.domain,
+                    domain_suffix: &filter.domain_suffix,
+                    domain_keyword: &filter.domain_keyword,
+                    domain_regex: &filter.domain_regex,
+                    cidr: &filter.cidr,
+                };
+                // Ports alone mean every target; they do not mix with filters that name some.
+                let key = (Ports::new(&filter.port), lists.is_empty());
+                by_ports.entry(key).or_default().push((i, lists));
+            }
+        }
+        let mut sets = Vec::new();
+        for ((ports, _), group) in by_ports {
+            let mut bad = Vec::new();
+            sets.push((ports, TargetSet::compile(group, &mut bad)));
+            for (i, bad) in bad {
+                self.problem(format!("filter[{i}].{}[{}]", bad.list, bad.index), bad.message);
+            }
+        }
+        sets.into()
+    }
+
+    fn rule(
+        &mut self,
+        i: usize,
+        rule: &api::Rule,
+        upstreams: &HashMap<&str, Arc<Upstream>>,
+        direct: &Arc<Upstream>,
+    ) -> Rule {
+        let when = &rule.when;
+        let lists = TargetLists {
+            domain: &when.domain,
+            domain_suffix: &when.domain_suffix,
+            domain_keyword: &when.domain_keyword,
+            domain_regex: &when.domain_regex,
+            cidr: &when.cidr,
+        };
+        let mut bad = Vec::new();
+        let targets = TargetSet::compile([(i, lists)], &mut bad);
+        for (i, bad) in bad {
+            self.problem(format!("rule[{i}].when.{}[{}]", bad.list, bad.index), bad.message);
+        }
+        let to = rule.to.as_deref().and_then(|to| match Target::parse(to.as_bytes()) {
+            Ok(target) if target.port > 0 => Some(target),
+            _ => {
+                self.problem(format!("rule[{i}].to"), format!("`{to}` is not host:port"));
+                None
+            }
+        });
+        let upstream = rule
+            .upstream
+            .as_deref()
+            .and_then(|name| upstreams.get(name))
+            .unwrap_or(direct)
+            .clone();
+        let name = if rule.name.is_empty() { format!("#{}", i + 1) } else { rule.name.clone() };
+        let protocol =
+            |name: &String| Protocol::ALL.into_iter().find(|protocol| protocol.name() == name);
+        Rule {
+            name: name.into(),
+            users: given(&when.user).map(|users| users.iter().map(|u| u.as_str().into()).collect()),
+            groups: given(&when.group)
+                .map(|groups| groups.iter().map(|name| self.group(name)).collect()),
+            clients: given(&when.client).map(|nets| NetSet::new(nets.to_vec())),
+            protocols: given(&when.protocol).map(|names| names.iter().filter_map(protocol).collect()),
+            targets: (!lists.is_empty()).then_some(targets),
+            ports: Ports::new(&when.port),
+            action: Action::of(rule.action, to, upstream),
+        }
+    }
+
+    fn directory(&mut self, users: &[api::User], previous: Option<&Directory>) -> Directory {
+        let mut by_shard: Vec<Vec<(usize, &api::User)>> = vec![Vec::new(); SHARDS];
+        for (i, user) in users.iter().enumerate() {
+            by_shard[shard_of(user.name.as_bytes())].push((i, user));
+        }
+        let empty = Directory::empty();
+        let previous = previous.unwrap_or(&empty);
+        let shards = by_shard.iter().zip(&previous.shards).map(|(users, before)| {
+            let unchanged = users.len() == before.len()
+                && users.iter().all(|(_, user)| {
+                    before
+                        .get(user.name.as_bytes())
+                        .is_some_and(|known| known.fingerprint == fingerprint(user))
+                });
+            if unchanged { before.clone() } else { Arc::new(self.shard(users, before)) }
+        });
+        Directory { shards: shards.collect() }
+    }
+
+    fn shard(&mut self, users: &[(usize, &api::User)], before: &Shard) -> Shard {
+        let mut shard = Shard::with_capacity_and_hasher(users.len(), ahash::RandomState::new());
+        for (i, user) in users {
+            let known = before.get(user.name.as_bytes());
+            if let Some(compiled) = self.user(*i, user, known) {
+                shard.insert(user.name.as_bytes().into(), Arc::new(compiled));
+            }
+        }
+        shard
+    }
+
+    fn user(&mut self, i: usize, user: &api::User, known: Option<&Arc<User>>) -> Option<User> {
+        // The same hash keeps what was remembered of its password; a new one forgets.
+        let credential = match known {
+            Some(known) if known.credential.hash() == user.password_hash => known.credential.clone(),
+            _ => match Credential::new(&user.password_hash) {
+                Ok(credential) => Arc::new(credential),
+                Err(error) => {
+                    self.problem(format!("user[{i}].password_hash"), error.to_string());
+                    return None;
+                }
+            },
+        };
+        let limits = user.limits.clone();
+        Some(User {
+            id: UserId(stable_hash(&user.name)),
+            name: user.name.as_str().into(),
+            credential,
+            status: user.status,
+            expires: user.expires.map(|time| time.unix_timestamp()),
+            groups: user.groups.iter().map(|name| self.group(name)).collect(),
+            sources: limits.source_addresses.clone().map(NetSet::new),
+            egress: limits.egress_address,
+            shared: known.map_or_else(|| Arc::new(UserUse::default()), |known| known.shared.clone()),
+            fingerprint: fingerprint(user),
+            limits,
+        })
+    }
+}
+
+impl TargetLists<'_> {
+    fn is_empty(&self) -> bool {
+        self.domain.is_empty()
+            && self.domain_suffix.is_empty()
+            && self.domain_keyword.is_empty()
+            && self.domain_regex.is_empty()
+            && self.cidr.is_empty()
+    }
+}
+
+fn given<T>(list: &[T]) -> Option<&[T]> {
+    (!list.is_empty()).then_some(list)
+}
+
+/// A hash that is the same in every process and version.
+fn stable_hash(text: &str) -> u64 {
+    let hash = blake3::hash(text.as_bytes());
+    u64::from_le_bytes(hash.as_bytes()[..8].try_into().unwrap_or_default())
+}
+
+/// A hash of everything about a user, good within this process.
+fn fingerprint(user: &api::User) -> u64 {
+    let hasher = ahash::RandomState::with_seeds(0x63, 0x75, 0x6c, 0x76);
+    let limits = &user.limits;
+    hasher.hash_one((
+        (&user.name, &user.password_hash, user.status == api::Status::Active, &user.groups),
+        user.expires.map(|time| time.unix_timestamp()),
+        (limits.up.map(|rate| rate.0), limits.down.map(|rate| rate.0), limits.burst.map(|b| b.0)),
+        (limits.sessions, limits.new_sessions_per_second, limits.devices),
+        (&limits.source_addresses, limits.egress_address),
+    ))
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,270 @@
+use culvert_api::config::{Format, Tree};
+use culvert_proto::Name;
+
+use super::{super::*, *};
+
+const HASH: &str = "$2b$10$C6UzMDM.H6dfI/f/IKcEeO7oc6YF/OQjL5cV6LJMVP8h3YLyYyEBe";
+const NOW: i64 = 1_800_000_000;
+
+fn policy(text: &str) -> Policy {
+    let text = text.replace("$HASH", HASH);
+    Tree::parse(&text, Format::Toml).unwrap().read().unwrap()
+}
+
+fn compiled(text: &str, previous: Option<&Snapshot>) -> Result<Snapshot, Vec<Problem>> {
+    let own = OwnAddresses {
+        listeners: vec!["0.0.0.0:1082".parse().unwrap(), "127.0.0.1:9182".parse().unwrap()],
+        local: vec!["203.0.114.5".parse().unwrap()],
+    };
+    let generation = previous.map_or(1, |previous| previous.generation + 1);
+    compile(&policy(text), Settings::default(), own, generation, previous)
+}
+
+/// Judges a target with all names resolving to `addresses`; says what came out.
+fn judge(snapshot: &Snapshot, user: Option<&str>, target: &str, addresses: &[&str]) -> String {
+    let target = Target::parse(target.as_bytes()).unwrap();
+    let user = user.map(|name| snapshot.directory.find(name.as_bytes()).unwrap());
+    let client = [198, 51, 100, 7].into();
+    let query = Query { user, client, protocol: Protocol::Socks5, target: &target };
+    let addresses: Arc<[std::net::IpAddr]> = addresses.iter().map(|a| a.parse().unwrap()).collect();
+    let mut resolved: Vec<(Name, _)> = Vec::new();
+    loop {
+        match snapshot.authorize(query, &resolved, NOW) {
+            Decision::NeedsAddresses(name) => resolved.push((name, addresses.clone())),
+            Decision::Denied(denial) => return format!("denied by {}", denial.name()),
+            Decision::Permit(permit) => {
+                let rule = permit.rule().map_or("default", |rule| rule);
+                let dialled: Vec<_> = permit.addresses().iter().map(ToString::to_string).collect();
+                let waited = if resolved.is_empty() { "" } else { " after resolving" };
+                return format!("{rule}: {}{waited}", dialled.join(" "));
+            }
+        }
+    }
+}
+
+#[test]
+fn the_first_rule_that_matches_decides() {
+    let snapshot = compiled(
+        r#"
+        default = "deny"
+        [[user]]
+        name = "ann"
+        password_hash = "$HASH"
+        groups = ["staff"]
+        [[user]]
+        name = "bob"
+        password_hash = "$HASH"
+        [[rule]]
+        name = "staff-web"
+        when = { group = ["staff"], port = [443, "8000-8100"] }
+        [[rule]]
+        name = "no-mail"
+        when = { domain_suffix = ["mail.example"] }
+        action = "deny"
+        [[rule]]
+        name = "old-host"
+        when = { domain = ["old.example"] }
+        action = "redirect"
+        to = "10.0.0.9:80"
+        [[rule]]
+        name = "net"
+        when = { cidr = ["9.9.9.0/24"], user = ["bob"] }
+        "#,
+        None,
+    )
+    .unwrap();
+    let judge = |user, target, addresses: &[&str]| judge(&snapshot, user, target, addresses);
+    assert_eq!(judge(Some("ann"), "x.example:443", &["8.8.8.8"]), "staff-web: 8.8.8.8:443 after resolving");
+    assert_eq!(judge(Some("ann"), "8.8.8.8:8050", &[]), "staff-web: 8.8.8.8:8050");
+    assert_eq!(judge(Some("ann"), "8.8.8.8:80", &[]), "denied by default");
+    assert_eq!(judge(Some("bob"), "a.mail.example:443", &["8.8.8.8"]), "denied by rule");
+    assert_eq!(judge(None, "old.example:1", &[]), "old-host: 10.0.0.9:80");
+    assert_eq!(judge(Some("bob"), "x.example:80", &["9.9.9.9"]), "net: 9.9.9.9:80 after resolving");
+    assert_eq!(judge(Some("bob"), "x.example:80", &["8.8.8.8"]), "denied by default");
+    assert_eq!(judge(None, "9.9.9.9:80", &[]), "denied by default");
+}
+
+#[test]
+fn white_exempts_from_black_and_rules_still_decide() {
+    let snapshot = compiled(
+        r#"
+        deny_ports = [25]
+        [[filter]]
+        domain_suffix = ["ads.example"]
+        cidr = ["9.0.0.0/8"]
+        [[filter]]
+        action = "allow"
+        domain = ["good.ads.example"]
+        cidr = ["9.9.9.9/32"]
+        [[filter]]
+        port = [6667]
+        [[rule]]
+        name = "stop"
+        when = { domain = ["good.ads.example"], port = [444] }
+        action = "deny"
+        "#,
+        None,
+    )
+    .unwrap();
+    let judge = |target, addresses: &[&str]| judge(&snapshot, None, target, addresses);
+    assert_eq!(judge("x.ads.example:80", &["8.8.8.8"]), "denied by filter");
+    assert_eq!(judge("x.ads.example:80", &["9.9.9.9"]), "default: 9.9.9.9:80 after resolving");
+    assert_eq!(judge("good.ads.example:80", &["8.8.8.8"]), "default: 8.8.8.8:80 after resolving");
+    assert_eq!(judge("good.ads.example:444", &["8.8.8.8"]), "denied by rule");
+    assert_eq!(judge("9.1.1.1:80", &[]), "denied by filter");
+    assert_eq!(judge("named.example:80", &["9.1.1.1"]), "denied by filter");
+    assert_eq!(judge("named.example:80", &["9.1.1.1", "8.8.8.8"]), "default: 8.8.8.8:80 after resolving");
+    assert_eq!(judge("8.8.8.8:25", &[]), "denied by port");
+    assert_eq!(judge("8.8.8.8:6667", &[]), "denied by filter");
+}
+
+#[test]
+fn forty_spellings_of_a_blocked_name_are_blocked() {
+    let snapshot = compiled("[[filter]]\ndomain_suffix = ['bücher.example', 'blocked.example']\n", None).unwrap();
+    let mut spellings: Vec<String> = Vec::new();
+    for name in ["blocked.example", "BLOCKED.example", "bLoCkEd.ExAmPlE", "blocked.EXAMPLE"] {
+        for prefix in ["", "www.", "a.b.c.", "WWW.", "_srv."] {
+            for dot in ["", "."] {
+                spellings.push(format!("{prefix}{name}{dot}:80"));
+            }
+        }
+    }
+    spellings.extend(
+        ["bücher.example:80", "BÜCHER.example:80", "xn--bcher-kva.example:80", "a.xn--BCHER-kva.EXAMPLE.:80"]
+            .map(String::from),
+    );
+    assert!(spellings.len() >= 40);
+    for spelling in spellings {
+        assert_eq!(judge(&snapshot, None, &spelling, &["8.8.8.8"]), "denied by filter", "{spelling}");
+    }
+}
+
+#[test]
+fn the_inside_is_refused_by_address_and_by_name() {
+    let snapshot = compiled("allow_internal = ['192.168.7.0/24', 'fd00:7::/32']\n", None).unwrap();
+    let judge = |target: &str, addresses: &[&str]| judge(&snapshot, None, target, addresses);
+    for inside in ["127.0.0.1:80", "10.1.1.1:80", "[::1]:80", "169.254.169.254:80", "[fd00:ec2::254]:80",
+        "[::ffff:127.0.0.1]:80", "0x7f000001:80", "127.1:80", "0:80", "0.0.0.0:80", "192.168.8.1:80"] {
+        assert_eq!(judge(inside, &[]), "denied by internal", "{inside}");
+    }
+    assert_eq!(judge("rebind.example:80", &["127.0.0.1"]), "denied by internal");
+    assert_eq!(judge("both.example:80", &["127.0.0.1", "8.8.8.8"]), "default: 8.8.8.8:80 after resolving");
+    assert_eq!(judge("192.168.7.9:80", &[]), "default: 192.168.7.9:80");
+    assert_eq!(judge("[fd00:7::1]:80", &[]), "default: [fd00:7::1]:80");
+}
+
+#[test]
+fn the_nodes_own_listeners_are_always_refused() {
+    let snapshot = compiled(
+        "allow_internal = ['0.0.0.0/0', '::/0']\n[[rule]]\nwhen = { domain = ['loop.example'] }\n\
+         action = 'redirect'\nto = '127.0.0.1:1082'\n",
+        None,
+    )
+    .unwrap();
+    let judge = |target: &str, addresses: &[&str]| judge(&snapshot, None, target, addresses);
+    for own in ["127.0.0.1:1082", "127.9.9.9:1082", "203.0.114.5:1082", "0.0.0.0:1082", "[::1]:1082",
+        "[::ffff:127.0.0.1]:1082", "127.0.0.1:9182", "0.0.0.0:9182"] {
+        assert_eq!(judge(own, &[]), "denied by own_listener", "{own}");
+    }
+    assert_eq!(judge("loop.example:80", &[]), "denied by own_listener");
+    assert_eq!(judge("127.0.0.1:1083", &[]), "default: 127.0.0.1:1083");
+}
+
+#[test]
+fn disabled_expired_and_misplaced_users_are_refused() {
+    let snapshot = compiled(
+        r#"
+        whitelist = ["198.51.100.0/24"]
+        [[user]]
+        name = "off"
+        password_hash = "$HASH"
+        status = "disabled"
+        [[user]]
+        name = "old"
+        password_hash = "$HASH"
+        expires = "2020-01-01T00:00:00Z"
+        [[user]]
+        name = "far"
+        password_hash = "$HASH"
+        limits = { source_addresses = ["10.0.0.0/8"] }
+        "#,
+        None,
+    )
+    .unwrap();
+    for (user, reason) in [("off", "user"), ("old", "user"), ("far", "source")] {
+        assert_eq!(judge(&snapshot, Some(user), "8.8.8.8:80", &[]), format!("denied by {reason}"));
+    }
+    assert!(!snapshot.admits([198, 51, 101, 1].into()));
+}
+
+#[test]
+fn unchanged_users_are_shared_and_their_use_survives() {
+    let text = |password: &str, rate: &str| {
+        let mut users: String = (0..1000)
+            .map(|i| format!("[[user]]\nname = 'user{i}'\npassword_hash = '$HASH'\n"))
+            .collect();
+        users.push_str(&format!(
+            "[[user]]\nname = 'ann'\npassword_hash = '{password}'\nlimits = {{ up = '{rate}' }}\n"
+        ));
+        users
+    };
+    let first = compiled(&text("$HASH", "1MB/s"), None).unwrap();
+    let ann = first.directory.find(b"ann").unwrap().clone();
+    let key = RememberKey::random();
+    let password = culvert_proto::Secret::new(b"p");
+    ann.credential.remember(&key, &password);
+
+    let second = compiled(&text("$HASH", "2MB/s"), Some(&first)).unwrap();
+    let shared = first.directory.shards.iter().zip(&second.directory.shards).filter(|(a, b)| Arc::ptr_eq(a, b));
+    assert_eq!(shared.count(), SHARDS - 1);
+    let again = second.directory.find(b"ann").unwrap();
+    assert!(Arc::ptr_eq(&ann.shared, &again.shared) && again.credential.remembers(&key, &password));
+    assert_eq!(again.id, ann.id);
+
+    let third = compiled(&text(&HASH.replace("$10$", "$11$"), "2MB/s"), Some(&second)).unwrap();
+    assert!(!third.directory.find(b"ann").unwrap().credential.remembers(&key, &password));
+    assert!(third.directory.find(b"ann\0").is_none() && third.directory.find(b"an").is_none());
+}
+
+#[test]
+fn every_problem_is_named_and_nothing_changes() {
+    let first = compiled("[[user]]\nname = 'ann'\npassword_hash = '$HASH'\nlimits = { up = '1MB/s' }\n", None).unwrap();
+    let problems = compiled(
+        r#"
+        [[user]]
+        name = "ann"
+        password_hash = "plain"
+        limits = { up = "9MB/s" }
+        [[user]]
+        name = "a:b"
+        password_hash = "$HASH"
+        [[user]]
+        name = "a:b"
+        password_hash = "$HASH"
+        [[filter]]
+        domain = ["no way"]
+        domain_regex = ["("]
+        [[filter]]
+        [[rule]]
+        action = "redirect"
+        [[rule]]
+        upstream = "nowhere"
+        when = { protocol = ["gopher"] }
+        [[upstream]]
+        name = "x"
+        type = "socks5"
+        "#,
+        Some(&first),
+    )
+    .unwrap_err();
+    let mut keys: Vec<_> = problems.iter().map(|problem| problem.key.as_str()).collect();
+    keys.sort_unstable();
+    assert_eq!(
+        keys,
+        ["filter[0].domain[0]", "filter[0].domain_regex[0]", "filter[1]", "rule[0].to",
+         "rule[1].upstream", "rule[1].when.protocol", "upstream[0].type", "user[0].password_hash",
+         "user[1].name", "user[2].name", "user[2].name"]
+    );
+    let rate = first.directory.find(b"ann").unwrap().shared.up.reserve(1 << 30, clock()).units;
+    assert_eq!(rate, 1_000_000 / 50, "the old rate still holds");
+}

@@ -1,0 +1,153 @@
+//! One immutable policy with its users.
+
+use std::{
+    collections::HashMap,
+    net::{IpAddr, SocketAddr},
+    sync::{Arc, OnceLock},
+};
+
+use culvert_api::policy::{Access, RuleAction};
+use culvert_proto::{Protocol, Target};
+
+use super::{NetSet, Ports, TargetSet, User};
+use crate::settings::Settings;
+
+/// Everything a session is judged by.
+#[derive(Debug)]
+pub struct Snapshot {
+    /// Its number; each published snapshot has a higher one.
+    pub generation: u64,
+    /// Users.
+    pub directory: Directory,
+    /// Values that may change while sessions run: deadlines, limits.
+    pub settings: Settings,
+    /// Clients that may connect; `None` is all.
+    pub(super) whitelist: Option<NetSet>,
+    pub(super) deny_ports: Box<[u16]>,
+    pub(super) allow_internal: NetSet,
+    pub(super) own: OwnAddresses,
+    /// Filters, grouped by their ports.
+    pub(super) black: Box<[(Ports, TargetSet)]>,
+    pub(super) white: Box<[(Ports, TargetSet)]>,
+    pub(super) rules: Box<[Rule]>,
+    pub(super) default: Access,
+    pub(super) direct: Arc<Upstream>,
+}
+
+impl Snapshot {
+    /// Whether a client may connect at all.
+    pub fn admits(&self, client: IpAddr) -> bool {
+        self.whitelist.as_ref().is_none_or(|list| list.contains(client))
+    }
+
+    /// How many rules there are.
+    pub fn rules(&self) -> usize {
+        self.rules.len()
+    }
+}
+
+/// A compiled rule.
+#[derive(Debug)]
+pub(super) struct Rule {
+    pub(super) name: Arc<str>,
+    pub(super) users: Option<Box<[Arc<str>]>>,
+    pub(super) groups: Option<Box<[u32]>>,
+    pub(super) clients: Option<NetSet>,
+    pub(super) protocols: Option<Box<[Protocol]>>,
+    pub(super) targets: Option<TargetSet>,
+    pub(super) ports: Ports,
+    pub(super) action: Action,
+}
+
+/// What a compiled rule does.
+#[derive(Debug)]
+pub(super) enum Action {
+    Allow(Arc<Upstream>),
+    Deny,
+    Redirect(Target, Arc<Upstream>),
+}
+
+impl Action {
+    pub(super) fn of(kind: RuleAction, to: Option<Target>, upstream: Arc<Upstream>) -> Self {
+        match (kind, to) {
+            (RuleAction::Redirect, Some(target)) => Self::Redirect(target, upstream),
+            (RuleAction::Allow, _) => Self::Allow(upstream),
+            _ => Self::Deny,
+        }
+    }
+}
+
+/// A way out.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Upstream {
+    /// Its name; `direct` when no rule names one.
+    pub name: Arc<str>,
+    /// The local address to dial from.
+    pub egress: Option<IpAddr>,
+}
+
+/// The addresses this node listens on, which nobody may reach through it.
+#[derive(Debug, Clone, Default)]
+pub struct OwnAddresses {
+    /// Bound sockets.
+    pub listeners: Vec<SocketAddr>,
+    /// Addresses of the host's interfaces.
+    pub local: Vec<IpAddr>,
+}
+
+impl OwnAddresses {
+    /// Whether a target is one of our own listeners.
+    pub fn contains(&self, address: SocketAddr) -> bool {
+        let ip = address.ip();
+        let here = || ip.is_loopback() || ip.is_unspecified() || self.local.contains(&ip);
+        self.listeners.iter().any(|own| {
+            own.port() == address.port() && (own.ip() == ip || (own.ip().is_unspecified() && here()))
+                || (own.port() == address.port() && own.ip().is_loopback() && ip.is_unspecified())
+        })
+    }
+}
+
+/// Number of shards of the directory.
+pub(super) const SHARDS: usize = 256;
+
+pub(super) type Shard = HashMap<Box<[u8]>, Arc<User>, ahash::RandomState>;
+
+/// The users, in shards so that an edit rebuilds one and shares the others.
+#[derive(Debug)]
+pub struct Directory {
+    pub(super) shards: Box<[Arc<Shard>]>,
+}
+
+impl Directory {
+    /// A directory without users.
+    pub(super) fn empty() -> Self {
+        let shard = Arc::new(Shard::default());
+        Self { shards: vec![shard; SHARDS].into() }
+    }
+
+    /// The user of a name, compared byte by byte and whole.
+    pub fn find(&self, name: &[u8]) -> Option<&Arc<User>> {
+        self.shards[shard_of(name)].get(name)
+    }
+
+    /// All users.
+    pub fn users(&self) -> impl Iterator<Item = &Arc<User>> {
+        self.shards.iter().flat_map(|shard| shard.values())
+    }
+
+    /// How many users there are.
+    pub fn len(&self) -> usize {
+        self.shards.iter().map(|shard| shard.len()).sum()
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+}
+
+/// Names stay in their shard as long as the process runs.
+pub(super) fn shard_of(name: &[u8]) -> usize {
+    static HASHER: OnceLock<ahash::RandomState> = OnceLock::new();
+    HASHER.get_or_init(ahash::RandomState::new).hash_one(name) as usize % SHARDS
+}

@@ -1,0 +1,195 @@
+//! A user as the workers see one, and what all sessions of the user share.
+
+use std::{
+    net::IpAddr,
+    sync::{
+        Arc,
+        atomic::{AtomicU32, Ordering::Relaxed},
+    },
+};
+
+use culvert_api::policy::{self as api, Status};
+
+use super::{Bucket, Credential, Held, NetSet, Table, TableError, client_key};
+
+/// A user's number. In file mode it is a hash of the name.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct UserId(pub u64);
+
+/// One user of one snapshot.
+#[derive(Debug)]
+pub struct User {
+    /// Number.
+    pub id: UserId,
+    /// Name, as logged in with.
+    pub name: Arc<str>,
+    /// Password hash, and the password once it was verified; kept while the hash stays the same.
+    pub credential: Arc<Credential>,
+    /// Whether logging in is allowed.
+    pub status: Status,
+    /// Seconds since 1970 at which the user expires.
+    pub expires: Option<i64>,
+    /// Numbers of the groups, for rules.
+    pub(super) groups: Box<[u32]>,
+    /// Where clients may come from; `None` is anywhere.
+    pub(super) sources: Option<NetSet>,
+    /// The address to dial from.
+    pub egress: Option<IpAddr>,
+    /// What all sessions of the user share, over all workers and snapshots.
+    pub shared: Arc<UserUse>,
+    /// A hash of all the above, to tell an unchanged user.
+    pub(super) fingerprint: u64,
+    pub(super) limits: api::Limits,
+}
+
+impl User {
+    /// Whether the user may have sessions at a time (seconds since 1970).
+    pub fn is_active(&self, now: i64) -> bool {
+        self.status == Status::Active && self.expires.is_none_or(|expires| now < expires)
+    }
+
+    /// Whether the user may come from an address.
+    pub fn comes_from(&self, client: IpAddr) -> bool {
+        self.sources.as_ref().is_none_or(|sources| sources.contains(client))
+    }
+}
+
+/// What all sessions of a user share.
+#[derive(Debug, Default)]
+pub struct UserUse {
+    /// Bytes a second to targets.
+    pub up: Bucket,
+    /// Bytes a second to the client.
+    pub down: Bucket,
+    new_sessions: Bucket,
+    sessions: AtomicU32,
+    sessions_max: AtomicU32,
+    devices: arc_swap::ArcSwapOption<Table>,
+    devices_max: AtomicU32,
+}
+
+/// A session's place among a user's sessions, given back when dropped.
+#[derive(Debug)]
+pub struct Admission {
+    user: Arc<UserUse>,
+    _device: Option<Held>,
+}
+
+/// Why a user gets no further session now.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum AdmissionError {
+    /// Too many at once.
+    Sessions,
+    /// Too many new ones a second.
+    NewSessions,
+    /// Too many client addresses at once.
+    Devices,
+}
+
+impl UserUse {
+    /// Applies limits; they hold from now on, for running sessions too (rates) or for new ones.
+    pub(super) fn apply(&self, limits: &api::Limits) {
+        let rate = |rate: Option<culvert_api::ByteRate>| rate.map_or(0, |rate| rate.0);
+        let burst = |rate: u64| limits.burst.map_or(rate / 10, |burst| burst.0);
+        let (up, down) = (rate(limits.up), rate(limits.down));
+        self.up.set(up, burst(up));
+        self.down.set(down, burst(down));
+        let new = limits.new_sessions_per_second.unwrap_or(0).into();
+        self.new_sessions.set(new, new);
+        self.sessions_max.store(limits.sessions.unwrap_or(u32::MAX), Relaxed);
+        let devices = limits.devices.unwrap_or(0);
+        if self.devices_max.swap(devices, Relaxed) != devices {
+            // Sessions that run keep their place in the old table; new ones are counted anew.
+            let table = (devices > 0).then(|| Arc::new(Table::exact(devices as usize)));
+            self.devices.store(table);
+        }
+    }
+
+    /// Asks for a place for one more session from an address.
+    ///
+    /// # Errors
+    /// A limit is reached.
+    pub fn admit(self: &Arc<Self>, client: IpAddr, now: u64) -> Result<Admission, AdmissionError> {
+        let device = match &*self.devices.load() {
+            Some(devices) => Some(hold_device(devices, client, now)?),
+            None => None,
+        };
+        let max = self.sessions_max.load(Relaxed);
+        let more = |sessions: u32| (sessions < max).then_some(sessions + 1);
+        if self.sessions.fetch_update(Relaxed, Relaxed, more).is_err() {
+            return Err(AdmissionError::Sessions);
+        }
+        let admission = Admission { user: self.clone(), _device: device };
+        if self.new_sessions.try_take(now) {
+            Ok(admission)
+        } else {
+            Err(AdmissionError::NewSessions)
+        }
+    }
+
+    /// Sessions at once, now.
+    pub fn sessions(&self) -> u32 {
+        self.sessions.load(Relaxed)
+    }
+}
+
+fn hold_device(devices: &Arc<Table>, client: IpAddr, now: u64) -> Result<Held, AdmissionError> {
+    devices.hold(client_key(client), u32::MAX, now).map_err(|error| match error {
+        TableError::Full => AdmissionError::Devices,
+        TableError::Limit => AdmissionError::Sessions,
+    })
+}
+
+impl Drop for Admission {
+    fn drop(&mut self) {
+        self.user.sessions.fetch_sub(1, Relaxed);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn with(limits: api::Limits) -> Arc<UserUse> {
+        let user = Arc::new(UserUse::default());
+        user.apply(&limits);
+        user
+    }
+
+    #[test]
+    fn sessions_are_limited_and_given_back() {
+        let user = with(api::Limits { sessions: Some(2), ..api::Limits::default() });
+        let client = IpAddr::from([10, 0, 0, 1]);
+        let (a, _b) = (user.admit(client, clock()).unwrap(), user.admit(client, clock()).unwrap());
+        assert_eq!(user.admit(client, clock()).unwrap_err(), AdmissionError::Sessions);
+        drop(a);
+        assert!(user.admit(client, clock()).is_ok());
+        assert_eq!(user.sessions(), 1);
+    }
+
+    #[test]
+    fn devices_are_told_apart() {
+        let user = with(api::Limits { devices: Some(2), ..api::Limits::default() });
+        let from = |last: u8| user.admit(IpAddr::from([10, 0, 0, last]), clock());
+        let (a, b, again) = (from(1).unwrap(), from(2).unwrap(), from(1).unwrap());
+        assert_eq!(from(3).unwrap_err(), AdmissionError::Devices);
+        drop(a);
+        assert_eq!(from(3).unwrap_err(), AdmissionError::Devices);
+        drop(again);
+        assert!(from(3).is_ok());
+        drop(b);
+    }
+
+    #[test]
+    fn new_sessions_are_limited_by_the_second() {
+        let user = with(api::Limits { new_sessions_per_second: Some(3), ..api::Limits::default() });
+        let now = clock();
+        let admitted =
+            (0..10).filter(|_| user.admit(IpAddr::from([10, 0, 0, 1]), now).is_ok()).count();
+        assert_eq!((admitted, user.sessions()), (3, 0));
+    }
+
+    fn clock() -> u64 {
+        super::super::clock()
+    }
+}

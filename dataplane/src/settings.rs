@@ -1,0 +1,76 @@
+//! Values that hold for every session and may change while the node runs.
+
+use std::time::Duration;
+
+use culvert_api::Throttle;
+
+/// Deadlines and limits, as configured and checked.
+#[derive(Debug, Clone)]
+pub struct Settings {
+    /// Deadlines of a session.
+    pub timeouts: Timeouts,
+    /// Limits of one client address.
+    pub address: AddressLimits,
+    /// Failed logins.
+    pub failures: crate::policy::ThrottleLimits,
+    /// Which addresses of a name are tried first.
+    pub prefer: Prefer,
+}
+
+/// Deadlines of a session.
+#[derive(Debug, Clone, Copy)]
+pub struct Timeouts {
+    /// From accept to the complete request.
+    pub handshake: Duration,
+    /// For resolving and connecting, all tries together.
+    pub connect: Duration,
+    /// Without a byte in either direction.
+    pub idle: Duration,
+    /// The same, once one direction has ended.
+    pub half_close: Duration,
+    /// A session's whole life; `None` is no limit.
+    pub lifetime: Option<Duration>,
+}
+
+/// Limits of one client address.
+#[derive(Debug, Clone, Copy)]
+pub struct AddressLimits {
+    /// Sessions at once.
+    pub sessions: u32,
+    /// New sessions a second.
+    pub new_sessions_per_second: u32,
+}
+
+/// Which addresses of a name are tried first.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Prefer {
+    /// IPv6 and IPv4 in turns, IPv6 first (RFC 8305).
+    #[default]
+    Race,
+    /// IPv4 only, unless there is none.
+    Ipv4,
+    /// IPv6 only, unless there is none.
+    Ipv6,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        let per_two_minutes = |events| Throttle { events, span: Duration::from_secs(120) };
+        Self {
+            timeouts: Timeouts {
+                handshake: Duration::from_secs(10),
+                connect: Duration::from_secs(10),
+                idle: Duration::from_secs(600),
+                half_close: Duration::from_secs(30),
+                lifetime: None,
+            },
+            address: AddressLimits { sessions: 1000, new_sessions_per_second: 200 },
+            failures: crate::policy::ThrottleLimits {
+                address: per_two_minutes(10),
+                user: per_two_minutes(100),
+            },
+            prefer: Prefer::Race,
+        }
+    }
+}
