@@ -78,7 +78,8 @@ impl Tree {
     ) -> Vec<Problem> {
         let mut problems = Vec::new();
         for (name, text) in variables {
-            let Some(rest) = name.strip_prefix(prefix).and_then(|rest| rest.strip_prefix('_')) else {
+            let Some(rest) = name.strip_prefix(prefix).and_then(|rest| rest.strip_prefix('_'))
+            else {
                 continue;
             };
             let path = rest.to_ascii_lowercase();

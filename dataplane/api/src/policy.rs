@@ -281,7 +281,9 @@ impl<'de> Deserialize<'de> for PortRange {
 
             fn visit_u64<E: serde::de::Error>(self, port: u64) -> Result<PortRange, E> {
                 let invalid = E::invalid_value(serde::de::Unexpected::Unsigned(port), &self);
-                u16::try_from(port).map(|port| PortRange { first: port, last: port }).or(Err(invalid))
+                u16::try_from(port)
+                    .map(|port| PortRange { first: port, last: port })
+                    .or(Err(invalid))
             }
 
             fn visit_str<E: serde::de::Error>(self, text: &str) -> Result<PortRange, E> {

@@ -152,7 +152,9 @@ impl<T> Visitor<'_> for Reader<T> {
     fn visit_i64<E: Error>(self, number: i64) -> Result<T, E> {
         match u64::try_from(number) {
             Ok(number) => self.visit_u64(number),
-            Err(_) => Err(E::custom(format!("`{number}` is negative; it must be {}", self.expected))),
+            Err(_) => {
+                Err(E::custom(format!("`{number}` is negative; it must be {}", self.expected)))
+            }
         }
     }
 }
@@ -178,19 +180,18 @@ macro_rules! value {
 }
 
 value!(ByteCount, "a size such as \"64KiB\" or \"10MB\"", ByteCount::parse, |n| Some(ByteCount(n)));
-value!(ByteRate, "a rate such as \"10MB/s\" or \"100Mbit/s\"", ByteRate::parse, |n| Some(ByteRate(n)));
+value!(ByteRate, "a rate such as \"10MB/s\" or \"100Mbit/s\"", ByteRate::parse, |n| Some(
+    ByteRate(n)
+));
 value!(
     Span,
     "a span of time such as \"10s\" or \"5m\"",
     |text| humantime::parse_duration(text).ok().map(Span),
     |number| (number == 0).then_some(Span(Duration::ZERO))
 );
-value!(
-    Throttle,
-    "a throttle such as \"10/2m\", or 0 for none",
-    Throttle::parse,
-    |number| (number == 0).then_some(Throttle::OFF)
-);
+value!(Throttle, "a throttle such as \"10/2m\", or 0 for none", Throttle::parse, |number| (number
+    == 0)
+    .then_some(Throttle::OFF));
 
 #[cfg(test)]
 mod tests {
@@ -199,8 +200,13 @@ mod tests {
     #[test]
     fn sizes_and_rates() {
         for (text, bytes) in [
-            ("0", 0), ("512", 512), ("10MB", 10_000_000), ("64KiB", 65_536), ("1.5kB", 1_500),
-            ("8Mbit", 1_000_000), ("1 GiB", 1 << 30),
+            ("0", 0),
+            ("512", 512),
+            ("10MB", 10_000_000),
+            ("64KiB", 65_536),
+            ("1.5kB", 1_500),
+            ("8Mbit", 1_000_000),
+            ("1 GiB", 1 << 30),
         ] {
             assert_eq!(ByteCount::parse(text), Some(ByteCount(bytes)), "{text}");
             assert_eq!(ByteRate::parse(&format!("{text}/s")), Some(ByteRate(bytes)), "{text}");

@@ -40,6 +40,11 @@ pub trait Framing {
     /// The stream must not end here: what was forwarded is incomplete.
     fn end_of_input(&mut self) -> Result<(), Malformed>;
 
+    /// Whether the framed stream has come to its end, so that nothing more is to be read for it.
+    fn is_over(&self) -> bool {
+        false
+    }
+
     /// Appends to `wire` what carries `payload`. Pass-through framings need no change.
     fn encode(&mut self, payload: &[u8], wire: &mut Vec<u8>) {
         wire.extend_from_slice(payload);

@@ -4,7 +4,7 @@
 //! silence, of the whole life) and one reason why it was stopped. A worker has one [`Wheel`] that
 //! turns every 100 ms and holds each watch once, in the slot where it is next to be looked at; a busy
 //! session only stores the time of its last byte, and is moved when its slot comes up. Being stopped
-//! wakes the session's task, whose waits ([`Watch::guard`]) then return: they hold no data, so they
+//! or interrupted wakes the session's task, whose waits ([`Watch::guard`]) then return: they hold no data, so they
 //! can be dropped, and whatever operation is in flight completes at once.
 
 use std::{
@@ -42,9 +42,11 @@ fn ticks(duration: Duration) -> Ticks {
 
 /// One deadline: when, and which reason it gives.
 #[derive(Clone, Copy)]
-struct Due<R> {
+struct Due {
     at: Ticks,
-    reason: R,
+    reason: u8,
+    /// Interrupts the present wait instead of stopping the session.
+    interrupts: bool,
 }
 
 /// A stopped session's reason.
@@ -58,8 +60,9 @@ pub struct Watch {
 
 struct Shared {
     stopped: Cell<Option<Stopped>>,
-    stage: Cell<Option<Due<u8>>>,
-    life: Cell<Option<Due<u8>>>,
+    interrupted: Cell<Option<Stopped>>,
+    stage: Cell<Option<Due>>,
+    life: Cell<Option<Due>>,
     silence: Cell<Option<(Ticks, u8)>>,
     touched: Cell<Ticks>,
     /// The wheel's node, and the time it is to be looked at.
@@ -73,6 +76,7 @@ impl Watch {
     pub fn new() -> Self {
         let shared = Rc::new(Shared {
             stopped: Cell::new(None),
+            interrupted: Cell::new(None),
             stage: Cell::new(None),
             life: Cell::new(None),
             silence: Cell::new(None),
@@ -86,8 +90,27 @@ impl Watch {
 
     /// Sets the present stage's deadline, in place of the one before.
     pub fn stage(&self, after: Duration, reason: u8) {
-        self.shared.stage.set(Some(Due { at: now() + ticks(after) + 1, reason }));
+        let at = now() + ticks(after) + 1;
+        self.shared.stage.set(Some(Due { at, reason, interrupts: false }));
         self.arm();
+    }
+
+    /// The same, but at the deadline the session is only interrupted: its present waits end, and after
+    /// [`Watch::clear_interrupt`] it may go on, to tell its client.
+    pub fn stage_interrupts(&self, after: Duration, reason: u8) {
+        let at = now() + ticks(after) + 1;
+        self.shared.stage.set(Some(Due { at, reason, interrupts: true }));
+        self.arm();
+    }
+
+    /// Ends the present waits for a reason.
+    pub fn interrupt(&self, reason: u8) {
+        self.shared.interrupt(reason);
+    }
+
+    /// Forgets an interruption. A stop stays.
+    pub fn clear_interrupt(&self) {
+        self.shared.interrupted.set(None);
     }
 
     /// Removes the stage's deadline.
@@ -97,7 +120,8 @@ impl Watch {
 
     /// Sets the deadline of the whole session, counted from now.
     pub fn life(&self, after: Duration, reason: u8) {
-        self.shared.life.set(Some(Due { at: now() + ticks(after) + 1, reason }));
+        let at = now() + ticks(after) + 1;
+        self.shared.life.set(Some(Due { at, reason, interrupts: false }));
         self.arm();
     }
 
@@ -178,21 +202,39 @@ impl Shared {
         stage.min(life).min(silence)
     }
 
-    /// The reason of a deadline that has come.
-    fn expired(&self, now: Ticks) -> Option<u8> {
-        let over = |due: Option<Due<u8>>| due.filter(|due| due.at <= now).map(|due| due.reason);
-        over(self.stage.get()).or_else(|| over(self.life.get())).or_else(|| {
-            let (span, reason) = self.silence.get()?;
-            (self.touched.get() + span <= now).then_some(reason)
-        })
+    /// Acts on the deadlines that have come.
+    fn expire(&self, now: Ticks) {
+        if let Some(due) = self.life.get().filter(|due| due.at <= now) {
+            self.stop(due.reason);
+        }
+        if let Some(due) = self.stage.get().filter(|due| due.at <= now) {
+            self.stage.set(None);
+            if due.interrupts { self.interrupt(due.reason) } else { self.stop(due.reason) }
+        }
+        if let Some((span, reason)) = self.silence.get()
+            && self.touched.get() + span <= now
+        {
+            self.stop(reason);
+        }
+    }
+
+    fn interrupt(&self, reason: u8) {
+        if self.interrupted.get().is_none() {
+            self.interrupted.set(Some(Stopped(reason)));
+            self.wake();
+        }
+    }
+
+    fn wake(&self) {
+        if let Some(waker) = self.waker.take() {
+            waker.wake();
+        }
     }
 
     fn stop(&self, reason: u8) {
         if self.stopped.get().is_none() {
             self.stopped.set(Some(Stopped(reason)));
-            if let Some(waker) = self.waker.take() {
-                waker.wake();
-            }
+            self.wake();
         }
     }
 }
@@ -211,7 +253,8 @@ impl<F: Future> Future for Guarded<'_, F> {
 
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         let this = self.project();
-        if let Some(stopped) = this.watch.stopped() {
+        let shared = &this.watch.shared;
+        if let Some(stopped) = shared.stopped.get().or(shared.interrupted.get()) {
             return Poll::Ready(Err(stopped));
         }
         if let Poll::Ready(output) = this.future.poll(cx) {
@@ -258,14 +301,10 @@ impl Wheel {
     pub fn turn_to(time: Ticks) {
         NOW.set(time);
         while let Some(shared) = WHEEL.with_borrow_mut(|wheel| wheel.next_due(time)) {
-            match shared.expired(time) {
-                Some(reason) => shared.stop(reason),
-                None => {
-                    let due = shared.due();
-                    if due < Ticks::MAX {
-                        WHEEL.with_borrow_mut(|wheel| wheel.place(&shared, due));
-                    }
-                }
+            shared.expire(time);
+            let due = shared.due();
+            if shared.stopped.get().is_none() && due < Ticks::MAX {
+                WHEEL.with_borrow_mut(|wheel| wheel.place(&shared, due));
             }
         }
     }
@@ -425,6 +464,20 @@ mod tests {
             assert_eq!(watch.stopped(), Some(Stopped(2)));
             drop(watch);
             WHEEL.with_borrow(|wheel| assert!(wheel.nodes.iter().all(|n| n.shared.is_none())));
+        });
+    }
+
+    #[test]
+    fn an_interruption_passes_and_a_stop_stays() {
+        in_a_thread(|| {
+            let watch = Watch::new();
+            watch.stage_interrupts(Duration::from_secs(1), 4);
+            Wheel::turn_to(11);
+            assert_eq!((watch.stopped(), watch.shared.interrupted.get()), (None, Some(Stopped(4))));
+            watch.clear_interrupt();
+            watch.stage(Duration::from_secs(1), 5);
+            Wheel::turn_to(22);
+            assert_eq!(watch.stopped(), Some(Stopped(5)));
         });
     }
 

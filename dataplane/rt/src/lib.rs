@@ -16,12 +16,14 @@ mod affinity;
 mod buffer;
 mod connect;
 mod deadline;
+mod interfaces;
 mod join;
 mod listener;
 mod mailbox;
 mod pipe;
 mod process;
 mod runtime;
+mod signal;
 mod socket;
 mod task;
 
@@ -29,16 +31,36 @@ pub use affinity::{available_cores, pin_to_core};
 pub use buffer::{BUFFER_LARGE, BUFFER_SMALL, BUFFERS_LARGE_MAX, Buffer, buffer_statistics};
 pub use connect::{ConnectOptions, connect};
 pub use deadline::{Guarded, Stopped, Ticks, Watch, Wheel, now};
+pub use interfaces::local_addresses;
 pub use join::join;
 pub use listener::{Accepted, Listener, ListenerOptions, bind_listener};
-pub use mailbox::{Full, Mailbox, Sender, mailbox};
+pub use mailbox::{Full, Inbox, Mailbox, Sender, mailbox};
 pub use pipe::{PIPE_BYTES, PIPES_MAX, Pipe, set_pipes_max};
 pub use process::{
     descriptor_limit, lower_priority, peak_descriptors, raise_descriptor_limit, thread_name,
 };
 pub use runtime::{Driver, DriverChoice, Runtime, RuntimeError, RuntimeOptions, cq_overflow};
+pub use signal::Signal;
 pub use socket::{Socket, TcpInfo};
 pub use task::{panics_total, spawn};
+
+/// Lets other tasks of the worker run. On the ring every send and every wait is an operation, so tasks
+/// take turns anyway (and a task that wakes itself would keep completions from being seen); on epoll
+/// an operation may be done without any wait.
+pub async fn take_turns() {
+    if runtime::on_ring() {
+        return;
+    }
+    let mut waited = false;
+    std::future::poll_fn(|cx| {
+        if std::mem::replace(&mut waited, true) {
+            return std::task::Poll::Ready(());
+        }
+        cx.waker().wake_by_ref();
+        std::task::Poll::Pending
+    })
+    .await;
+}
 
 /// Waits on the runtime's own timer; resolution one millisecond.
 pub async fn sleep(duration: std::time::Duration) {

@@ -33,10 +33,13 @@ impl<T> Clone for Sender<T> {
     }
 }
 
-/// The receiving side before a worker takes it into its driver with [`Mailbox::open`].
-pub struct Mailbox<T> {
+/// The receiving side on its way to a worker, which takes it into its driver with [`Mailbox::open`].
+pub struct Mailbox<T>(Arc<Shared<T>>);
+
+/// The receiving side, in its worker.
+pub struct Inbox<T> {
     shared: Arc<Shared<T>>,
-    event: Option<Socket>,
+    event: Socket,
 }
 
 /// A mailbox that holds at most `capacity` messages.
@@ -50,7 +53,7 @@ pub fn mailbox<T>(capacity: usize) -> io::Result<(Sender<T>, Mailbox<T>)> {
     let event = unsafe { OwnedFd::from_raw_fd(event) };
     let shared =
         Arc::new(Shared { queue: ArrayQueue::new(capacity), event, told: AtomicBool::new(false) });
-    Ok((Sender(shared.clone()), Mailbox { shared, event: None }))
+    Ok((Sender(shared.clone()), Mailbox(shared)))
 }
 
 impl<T> Sender<T> {
@@ -67,18 +70,16 @@ impl<T> Sender<T> {
 }
 
 impl<T> Mailbox<T> {
-    /// Takes the mailbox into the calling worker's driver. Call it inside the runtime, once.
-    pub fn open(&mut self) -> io::Result<()> {
-        self.event = Some(Socket::from_fd(self.shared.event.try_clone()?)?);
-        Ok(())
+    /// Takes the mailbox into the calling worker's driver.
+    pub fn open(self) -> io::Result<Inbox<T>> {
+        let event = Socket::from_fd(self.0.event.try_clone()?)?;
+        Ok(Inbox { shared: self.0, event })
     }
+}
 
+impl<T> Inbox<T> {
     /// Waits for the next message. Holds nothing; may be dropped.
-    ///
-    /// # Panics
-    /// If the mailbox was not opened.
     pub async fn receive(&self) -> T {
-        let event = self.event.as_ref().expect("the worker opens its mailbox before reading it");
         loop {
             if let Some(message) = self.shared.queue.pop() {
                 return message;
@@ -88,10 +89,10 @@ impl<T> Mailbox<T> {
             if let Some(message) = self.shared.queue.pop() {
                 return message;
             }
-            if event.readable().await.is_ok() {
+            if self.event.readable().await.is_ok() {
                 let mut count = 0u64;
                 // SAFETY: `count` is writable for the eight bytes an eventfd gives.
-                unsafe { libc::read(event.raw_fd(), (&raw mut count).cast(), 8) };
+                unsafe { libc::read(self.event.raw_fd(), (&raw mut count).cast(), 8) };
             }
         }
     }

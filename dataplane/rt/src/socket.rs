@@ -71,6 +71,14 @@ impl Socket {
         }
     }
 
+    /// How many bytes a receive would find (`FIONREAD`).
+    pub fn available(&self) -> usize {
+        let mut bytes: libc::c_int = 0;
+        // SAFETY: `bytes` is writable during the call, which writes one int.
+        let got = unsafe { libc::ioctl(self.raw_fd(), libc::FIONREAD, &raw mut bytes) };
+        if got == 0 { usize::try_from(bytes).unwrap_or(0) } else { 0 }
+    }
+
     /// Sends as much as the kernel takes now, by a system call of its own; `WouldBlock` when none.
     pub fn send_now(&self, bytes: &[u8]) -> io::Result<usize> {
         const FLAGS: libc::c_int = libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL;

@@ -70,8 +70,17 @@ impl Denial {
     }
 
     /// All names, in the order of [`Denial::index`].
-    pub const NAMES: [&'static str; 9] =
-        ["port", "filter", "rule", "default", "internal", "own_listener", "client", "user", "source"];
+    pub const NAMES: [&'static str; 9] = [
+        "port",
+        "filter",
+        "rule",
+        "default",
+        "internal",
+        "own_listener",
+        "client",
+        "user",
+        "source",
+    ];
 
     /// The position of the name.
     pub fn index(&self) -> usize {
@@ -191,8 +200,8 @@ impl Snapshot {
                     Some(denial) => denied = denied.or(Some(denial)),
                     None => {
                         let name = rule.map(|rule| rule.name.clone());
-                        let permit =
-                            permit.get_or_insert_with(|| self.permit(query, name.clone(), upstream));
+                        let permit = permit
+                            .get_or_insert_with(|| self.permit(query, name.clone(), upstream));
                         if permit.rule == name {
                             permit.addresses.push(address);
                         }
@@ -237,7 +246,11 @@ impl Snapshot {
         let mut permit = self.permit(query, Some(rule.name.clone()), upstream);
         let dialled = addresses.iter().map(|ip| SocketAddr::new(ip.to_canonical(), to.port));
         permit.addresses.extend(dialled.filter(|address| !self.own.contains(*address)));
-        if permit.addresses.is_empty() { Decision::Denied(Denial::Own) } else { Decision::Permit(permit) }
+        if permit.addresses.is_empty() {
+            Decision::Denied(Denial::Own)
+        } else {
+            Decision::Permit(permit)
+        }
     }
 
     fn refuse_dial(&self, address: SocketAddr) -> Option<Denial> {
@@ -316,7 +329,9 @@ impl Rule {
                 query.user.is_some_and(|user| users.iter().any(|name| *name == user.name))
             })
             && met(&self.groups, |groups| {
-                query.user.is_some_and(|user| groups.iter().any(|group| user.groups.contains(group)))
+                query
+                    .user
+                    .is_some_and(|user| groups.iter().any(|group| user.groups.contains(group)))
             })
             && met(&self.clients, |clients| clients.contains(query.client))
             && met(&self.protocols, |protocols| protocols.contains(&query.protocol));

@@ -115,7 +115,8 @@ impl Bucket {
         let rate = self.rate.load(Relaxed);
         if rate > 0 && units > 0 {
             let price = cost(units, rate);
-            let _ = self.paid.fetch_update(Relaxed, Relaxed, |paid| Some(paid.saturating_sub(price)));
+            let _ =
+                self.paid.fetch_update(Relaxed, Relaxed, |paid| Some(paid.saturating_sub(price)));
         }
     }
 }
@@ -127,7 +128,8 @@ fn cost(units: u64, rate: u64) -> u64 {
 
 /// How many units a time is worth.
 fn units(nanoseconds: u64, rate: u64) -> u64 {
-    u64::try_from(u128::from(nanoseconds) * u128::from(rate) / u128::from(SECOND)).unwrap_or(u64::MAX)
+    u64::try_from(u128::from(nanoseconds) * u128::from(rate) / u128::from(SECOND))
+        .unwrap_or(u64::MAX)
 }
 
 #[cfg(test)]

@@ -151,12 +151,8 @@ impl Compiler {
                 None
             }
         });
-        let upstream = rule
-            .upstream
-            .as_deref()
-            .and_then(|name| upstreams.get(name))
-            .unwrap_or(direct)
-            .clone();
+        let upstream =
+            rule.upstream.as_deref().and_then(|name| upstreams.get(name)).unwrap_or(direct).clone();
         let name = if rule.name.is_empty() { format!("#{}", i + 1) } else { rule.name.clone() };
         let protocol =
             |name: &String| Protocol::ALL.into_iter().find(|protocol| protocol.name() == name);
@@ -166,7 +162,8 @@ impl Compiler {
             groups: given(&when.group)
                 .map(|groups| groups.iter().map(|name| self.group(name)).collect()),
             clients: given(&when.client).map(|nets| NetSet::new(nets.to_vec())),
-            protocols: given(&when.protocol).map(|names| names.iter().filter_map(protocol).collect()),
+            protocols: given(&when.protocol)
+                .map(|names| names.iter().filter_map(protocol).collect()),
             targets: (!lists.is_empty()).then_some(targets),
             ports: Ports::new(&when.port),
             action: Action::of(rule.action, to, upstream),
@@ -206,7 +203,9 @@ impl Compiler {
     fn user(&mut self, i: usize, user: &api::User, known: Option<&Arc<User>>) -> Option<User> {
         // The same hash keeps what was remembered of its password; a new one forgets.
         let credential = match known {
-            Some(known) if known.credential.hash() == user.password_hash => known.credential.clone(),
+            Some(known) if known.credential.hash() == user.password_hash => {
+                known.credential.clone()
+            }
             _ => match Credential::new(&user.password_hash) {
                 Ok(credential) => Arc::new(credential),
                 Err(error) => {
@@ -225,7 +224,8 @@ impl Compiler {
             groups: user.groups.iter().map(|name| self.group(name)).collect(),
             sources: limits.source_addresses.clone().map(NetSet::new),
             egress: limits.egress_address,
-            shared: known.map_or_else(|| Arc::new(UserUse::default()), |known| known.shared.clone()),
+            shared: known
+                .map_or_else(|| Arc::new(UserUse::default()), |known| known.shared.clone()),
             fingerprint: fingerprint(user),
             limits,
         })

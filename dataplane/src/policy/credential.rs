@@ -27,7 +27,9 @@ pub enum CredentialError {
     #[error("not a bcrypt or argon2id hash; make one with `culvert hash-password`")]
     Unknown,
     /// Its cost is too high.
-    #[error("the hash is too costly; bcrypt cost 14 and argon2id with 256 MiB, 16 passes are taken at most")]
+    #[error(
+        "the hash is too costly; bcrypt cost 14 and argon2id with 256 MiB, 16 passes are taken at most"
+    )]
     Costly,
     /// The password cannot be hashed without losing a part of it.
     #[error("a password has 1 to 72 bytes and no NUL (bcrypt reads no more)")]
@@ -56,7 +58,9 @@ impl RememberKey {
         if let Ok(bytes) = std::fs::read(path) {
             return match bytes.try_into() {
                 Ok(key) => Ok(Self(key)),
-                Err(_) => Err(std::io::Error::other("not a key of 32 bytes; delete it to make a new one")),
+                Err(_) => {
+                    Err(std::io::Error::other("not a key of 32 bytes; delete it to make a new one"))
+                }
             };
         }
         let key = Self::random();
@@ -82,8 +86,7 @@ impl Credential {
             if parsed.algorithm.as_str() != "argon2id" || parsed.hash.is_none() {
                 return Err(CredentialError::Unknown);
             }
-            let params =
-                argon2::Params::try_from(&parsed).map_err(|_| CredentialError::Unknown)?;
+            let params = argon2::Params::try_from(&parsed).map_err(|_| CredentialError::Unknown)?;
             let (memory, passes, lanes) = ARGON2_MAX;
             if params.m_cost() > memory || params.t_cost() > passes || params.p_cost() > lanes {
                 return Err(CredentialError::Costly);

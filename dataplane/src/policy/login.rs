@@ -134,7 +134,13 @@ impl Throttles {
     ///
     /// # Errors
     /// Too many failed.
-    pub fn begin(&self, limits: Limits, client: IpAddr, user: &[u8], now: u64) -> Result<(), LoginError> {
+    pub fn begin(
+        &self,
+        limits: Limits,
+        client: IpAddr,
+        user: &[u8],
+        now: u64,
+    ) -> Result<(), LoginError> {
         let address = client_key(client);
         if !spend(&self.addresses, limits.address, address, now) {
             self.seen.store(true, Relaxed);
@@ -206,7 +212,8 @@ mod tests {
     #[test]
     fn failures_are_throttled_by_address_and_user() {
         let throttles = Throttles::new();
-        let every = |events, minutes: u64| Throttle { events, span: Duration::from_secs(60 * minutes) };
+        let every =
+            |events, minutes: u64| Throttle { events, span: Duration::from_secs(60 * minutes) };
         let limits = Limits { address: every(10, 2), user: every(100, 2) };
         let now = super::super::clock();
         let begin = |client: [u8; 4], user: &str, now| {

@@ -101,7 +101,8 @@ impl OwnAddresses {
         let ip = address.ip();
         let here = || ip.is_loopback() || ip.is_unspecified() || self.local.contains(&ip);
         self.listeners.iter().any(|own| {
-            own.port() == address.port() && (own.ip() == ip || (own.ip().is_unspecified() && here()))
+            own.port() == address.port()
+                && (own.ip() == ip || (own.ip().is_unspecified() && here()))
                 || (own.port() == address.port() && own.ip().is_loopback() && ip.is_unspecified())
         })
     }

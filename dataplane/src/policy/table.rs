@@ -173,7 +173,8 @@ impl Table {
         }
         self.entries[entry].until.store(0, Relaxed);
         let twice = self.window(hash).any(|other| {
-            other != entry && self.entries[other].word.load(Acquire) >> COUNT_BITS == fingerprint(hash)
+            other != entry
+                && self.entries[other].word.load(Acquire) >> COUNT_BITS == fingerprint(hash)
         });
         if twice {
             // Someone may hold ours already; then both stay, which only makes the limit stricter.
@@ -185,8 +186,7 @@ impl Table {
     fn displace(&self, hash: u64) -> Option<usize> {
         let idle = self.window(hash).filter_map(|entry| {
             let word = self.entries[entry].word.load(Acquire);
-            (word & COUNT_MASK == 0)
-                .then(|| (self.entries[entry].until.load(Acquire), entry, word))
+            (word & COUNT_MASK == 0).then(|| (self.entries[entry].until.load(Acquire), entry, word))
         });
         let (_, entry, word) = idle.min()?;
         self.claim(entry, word, hash).then_some(entry)
@@ -222,7 +222,8 @@ mod tests {
             let hold = |_| {
                 let table = table.clone();
                 scope.spawn(move || {
-                    let held: Vec<_> = (0..400).filter_map(|_| table.hold(7, 500, 1).ok()).collect();
+                    let held: Vec<_> =
+                        (0..400).filter_map(|_| table.hold(7, 500, 1).ok()).collect();
                     let count = held.len();
                     std::mem::forget(held);
                     count

@@ -72,7 +72,8 @@ impl TargetSet {
         let (mut exact, mut suffix) = (Vec::new(), Vec::new());
         let (mut keywords, mut patterns, mut nets) = (Vec::new(), Vec::new(), Vec::new());
         for (group, lists) in groups {
-            let mut bad = |list, index, message| problems.push((group, BadEntry { list, index, message }));
+            let mut bad =
+                |list, index, message| problems.push((group, BadEntry { list, index, message }));
             for (index, text) in lists.domain.iter().enumerate() {
                 match name(text) {
                     Ok(name) => exact.push(name),
@@ -197,7 +198,11 @@ impl Default for Names {
 
 impl Names {
     fn new(names: Vec<Box<str>>) -> Self {
-        if names.len() <= SMALL { Self::Few(names) } else { Self::Many(names.into_iter().collect()) }
+        if names.len() <= SMALL {
+            Self::Few(names)
+        } else {
+            Self::Many(names.into_iter().collect())
+        }
     }
 
     fn is_empty(&self) -> bool {
@@ -319,7 +324,8 @@ mod tests {
     fn suffixes_match_whole_labels() {
         let many: Vec<String> = (0..20).map(|i| format!("d{i}.example")).collect();
         for extra in [Vec::new(), many] {
-            let suffixes: Vec<String> = [vec!["Blocked.com".into(), "*.wild.org".into()], extra].concat();
+            let suffixes: Vec<String> =
+                [vec!["Blocked.com".into(), "*.wild.org".into()], extra].concat();
             let set = set(TargetLists { domain_suffix: &suffixes, ..TargetLists::default() });
             for (name, expected) in [
                 ("blocked.com", Match::Yes),
@@ -337,7 +343,8 @@ mod tests {
 
     #[test]
     fn addresses_wait_for_resolution() {
-        let nets: Vec<IpNet> = vec!["10.0.0.0/8".parse().unwrap(), "2001:db8::/32".parse().unwrap()];
+        let nets: Vec<IpNet> =
+            vec!["10.0.0.0/8".parse().unwrap(), "2001:db8::/32".parse().unwrap()];
         let many = (0..20).map(|i| format!("192.0.{i}.0/24").parse().unwrap());
         for extra in [Vec::new(), many.collect()] {
             let nets = [nets.clone(), extra].concat();
@@ -377,7 +384,8 @@ mod tests {
             TargetLists { domain: &names, domain_regex: &patterns, ..TargetLists::default() };
         TargetSet::compile([(7, lists)], &mut problems);
         assert!(started.elapsed().as_millis() < 1000, "a bomb must not take long");
-        let places: Vec<_> = problems.iter().map(|(group, bad)| (*group, bad.list, bad.index)).collect();
+        let places: Vec<_> =
+            problems.iter().map(|(group, bad)| (*group, bad.list, bad.index)).collect();
         assert_eq!(places, [(7, "domain", 1), (7, "domain_regex", 0), (7, "domain_regex", 1)]);
     }
 }

@@ -8,8 +8,7 @@ use std::{cell::RefCell, fmt};
 use serde::{
     de::{
         DeserializeOwned, DeserializeSeed, Deserializer, EnumAccess, Error as _, IntoDeserializer,
-        MapAccess, SeqAccess, Unexpected, VariantAccess, Visitor,
-        value::StrDeserializer,
+        MapAccess, SeqAccess, Unexpected, VariantAccess, Visitor, value::StrDeserializer,
     },
     forward_to_deserialize_any,
 };
@@ -39,7 +38,8 @@ pub(super) fn read<T: DeserializeOwned>(root: &Node) -> Result<T, Vec<Problem>> 
                 let steps = fault.steps.unwrap_or_default();
                 let key = Path { steps: steps.clone() }.to_string();
                 problems.push(Problem::new(fault.place, key, fault.message));
-                if steps.is_empty() || problems.len() >= PROBLEMS_MAX || !remove(&mut root, &steps) {
+                if steps.is_empty() || problems.len() >= PROBLEMS_MAX || !remove(&mut root, &steps)
+                {
                     break None;
                 }
             }

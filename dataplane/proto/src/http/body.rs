@@ -59,6 +59,10 @@ impl Framing for Body {
             _ => Err(Malformed::Truncated),
         }
     }
+
+    fn is_over(&self) -> bool {
+        Self::is_over(self)
+    }
 }
 
 /// A scanner of chunked bodies (RFC 9112 section 7.1), strict: sizes of 1 to 15 hexadecimal digits,

@@ -181,6 +181,10 @@ impl Framing for Response {
             Stage::Switched => Ok(()),
         }
     }
+
+    fn is_over(&self) -> bool {
+        Self::is_over(self) || self.has_switched()
+    }
 }
 
 #[cfg(test)]

@@ -74,7 +74,10 @@ fn the_first_rule_that_matches_decides() {
     )
     .unwrap();
     let judge = |user, target, addresses: &[&str]| judge(&snapshot, user, target, addresses);
-    assert_eq!(judge(Some("ann"), "x.example:443", &["8.8.8.8"]), "staff-web: 8.8.8.8:443 after resolving");
+    assert_eq!(
+        judge(Some("ann"), "x.example:443", &["8.8.8.8"]),
+        "staff-web: 8.8.8.8:443 after resolving"
+    );
     assert_eq!(judge(Some("ann"), "8.8.8.8:8050", &[]), "staff-web: 8.8.8.8:8050");
     assert_eq!(judge(Some("ann"), "8.8.8.8:80", &[]), "denied by default");
     assert_eq!(judge(Some("bob"), "a.mail.example:443", &["8.8.8.8"]), "denied by rule");
@@ -113,14 +116,19 @@ fn white_exempts_from_black_and_rules_still_decide() {
     assert_eq!(judge("good.ads.example:444", &["8.8.8.8"]), "denied by rule");
     assert_eq!(judge("9.1.1.1:80", &[]), "denied by filter");
     assert_eq!(judge("named.example:80", &["9.1.1.1"]), "denied by filter");
-    assert_eq!(judge("named.example:80", &["9.1.1.1", "8.8.8.8"]), "default: 8.8.8.8:80 after resolving");
+    assert_eq!(
+        judge("named.example:80", &["9.1.1.1", "8.8.8.8"]),
+        "default: 8.8.8.8:80 after resolving"
+    );
     assert_eq!(judge("8.8.8.8:25", &[]), "denied by port");
     assert_eq!(judge("8.8.8.8:6667", &[]), "denied by filter");
 }
 
 #[test]
 fn forty_spellings_of_a_blocked_name_are_blocked() {
-    let snapshot = compiled("[[filter]]\ndomain_suffix = ['bücher.example', 'blocked.example']\n", None).unwrap();
+    let snapshot =
+        compiled("[[filter]]\ndomain_suffix = ['bücher.example', 'blocked.example']\n", None)
+            .unwrap();
     let mut spellings: Vec<String> = Vec::new();
     for name in ["blocked.example", "BLOCKED.example", "bLoCkEd.ExAmPlE", "blocked.EXAMPLE"] {
         for prefix in ["", "www.", "a.b.c.", "WWW.", "_srv."] {
@@ -130,12 +138,21 @@ fn forty_spellings_of_a_blocked_name_are_blocked() {
         }
     }
     spellings.extend(
-        ["bücher.example:80", "BÜCHER.example:80", "xn--bcher-kva.example:80", "a.xn--BCHER-kva.EXAMPLE.:80"]
-            .map(String::from),
+        [
+            "bücher.example:80",
+            "BÜCHER.example:80",
+            "xn--bcher-kva.example:80",
+            "a.xn--BCHER-kva.EXAMPLE.:80",
+        ]
+        .map(String::from),
     );
     assert!(spellings.len() >= 40);
     for spelling in spellings {
-        assert_eq!(judge(&snapshot, None, &spelling, &["8.8.8.8"]), "denied by filter", "{spelling}");
+        assert_eq!(
+            judge(&snapshot, None, &spelling, &["8.8.8.8"]),
+            "denied by filter",
+            "{spelling}"
+        );
     }
 }
 
@@ -143,12 +160,26 @@ fn forty_spellings_of_a_blocked_name_are_blocked() {
 fn the_inside_is_refused_by_address_and_by_name() {
     let snapshot = compiled("allow_internal = ['192.168.7.0/24', 'fd00:7::/32']\n", None).unwrap();
     let judge = |target: &str, addresses: &[&str]| judge(&snapshot, None, target, addresses);
-    for inside in ["127.0.0.1:80", "10.1.1.1:80", "[::1]:80", "169.254.169.254:80", "[fd00:ec2::254]:80",
-        "[::ffff:127.0.0.1]:80", "0x7f000001:80", "127.1:80", "0:80", "0.0.0.0:80", "192.168.8.1:80"] {
+    for inside in [
+        "127.0.0.1:80",
+        "10.1.1.1:80",
+        "[::1]:80",
+        "169.254.169.254:80",
+        "[fd00:ec2::254]:80",
+        "[::ffff:127.0.0.1]:80",
+        "0x7f000001:80",
+        "127.1:80",
+        "0:80",
+        "0.0.0.0:80",
+        "192.168.8.1:80",
+    ] {
         assert_eq!(judge(inside, &[]), "denied by internal", "{inside}");
     }
     assert_eq!(judge("rebind.example:80", &["127.0.0.1"]), "denied by internal");
-    assert_eq!(judge("both.example:80", &["127.0.0.1", "8.8.8.8"]), "default: 8.8.8.8:80 after resolving");
+    assert_eq!(
+        judge("both.example:80", &["127.0.0.1", "8.8.8.8"]),
+        "default: 8.8.8.8:80 after resolving"
+    );
     assert_eq!(judge("192.168.7.9:80", &[]), "default: 192.168.7.9:80");
     assert_eq!(judge("[fd00:7::1]:80", &[]), "default: [fd00:7::1]:80");
 }
@@ -162,8 +193,16 @@ fn the_nodes_own_listeners_are_always_refused() {
     )
     .unwrap();
     let judge = |target: &str, addresses: &[&str]| judge(&snapshot, None, target, addresses);
-    for own in ["127.0.0.1:1082", "127.9.9.9:1082", "203.0.114.5:1082", "0.0.0.0:1082", "[::1]:1082",
-        "[::ffff:127.0.0.1]:1082", "127.0.0.1:9182", "0.0.0.0:9182"] {
+    for own in [
+        "127.0.0.1:1082",
+        "127.9.9.9:1082",
+        "203.0.114.5:1082",
+        "0.0.0.0:1082",
+        "[::1]:1082",
+        "[::ffff:127.0.0.1]:1082",
+        "127.0.0.1:9182",
+        "0.0.0.0:9182",
+    ] {
         assert_eq!(judge(own, &[]), "denied by own_listener", "{own}");
     }
     assert_eq!(judge("loop.example:80", &[]), "denied by own_listener");
@@ -215,7 +254,12 @@ fn unchanged_users_are_shared_and_their_use_survives() {
     ann.credential.remember(&key, &password);
 
     let second = compiled(&text("$HASH", "2MB/s"), Some(&first)).unwrap();
-    let shared = first.directory.shards.iter().zip(&second.directory.shards).filter(|(a, b)| Arc::ptr_eq(a, b));
+    let shared = first
+        .directory
+        .shards
+        .iter()
+        .zip(&second.directory.shards)
+        .filter(|(a, b)| Arc::ptr_eq(a, b));
     assert_eq!(shared.count(), SHARDS - 1);
     let again = second.directory.find(b"ann").unwrap();
     assert!(Arc::ptr_eq(&ann.shared, &again.shared) && again.credential.remembers(&key, &password));
@@ -228,7 +272,11 @@ fn unchanged_users_are_shared_and_their_use_survives() {
 
 #[test]
 fn every_problem_is_named_and_nothing_changes() {
-    let first = compiled("[[user]]\nname = 'ann'\npassword_hash = '$HASH'\nlimits = { up = '1MB/s' }\n", None).unwrap();
+    let first = compiled(
+        "[[user]]\nname = 'ann'\npassword_hash = '$HASH'\nlimits = { up = '1MB/s' }\n",
+        None,
+    )
+    .unwrap();
     let problems = compiled(
         r#"
         [[user]]
@@ -261,9 +309,19 @@ fn every_problem_is_named_and_nothing_changes() {
     keys.sort_unstable();
     assert_eq!(
         keys,
-        ["filter[0].domain[0]", "filter[0].domain_regex[0]", "filter[1]", "rule[0].to",
-         "rule[1].upstream", "rule[1].when.protocol", "upstream[0].type", "user[0].password_hash",
-         "user[1].name", "user[2].name", "user[2].name"]
+        [
+            "filter[0].domain[0]",
+            "filter[0].domain_regex[0]",
+            "filter[1]",
+            "rule[0].to",
+            "rule[1].upstream",
+            "rule[1].when.protocol",
+            "upstream[0].type",
+            "user[0].password_hash",
+            "user[1].name",
+            "user[2].name",
+            "user[2].name"
+        ]
     );
     let rate = first.directory.find(b"ann").unwrap().shared.up.reserve(1 << 30, clock()).units;
     assert_eq!(rate, 1_000_000 / 50, "the old rate still holds");

@@ -1,0 +1,148 @@
+//! The command line.
+
+mod client;
+mod commands;
+
+use std::{net::SocketAddr, path::PathBuf, process::ExitCode};
+
+use clap::{Parser, Subcommand, ValueEnum};
+use ipnet::IpNet;
+
+/// A proxy server for many users.
+#[derive(Debug, Parser)]
+#[command(name = "culvert", version, about, max_term_width = 100)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Run a node.
+    Run {
+        /// The configuration file (.toml, .yaml, .json).
+        #[arg(short, long, env = "CULVERT_CONFIG")]
+        config: PathBuf,
+    },
+    /// Check a configuration file and say everything that is wrong with it.
+    Check {
+        /// The configuration file (.toml, .yaml, .json).
+        #[arg(short, long, env = "CULVERT_CONFIG")]
+        config: PathBuf,
+    },
+    /// Run a proxy without a file. Without a user it serves this host only, unless --allow names
+    /// clients.
+    Server {
+        /// What it speaks.
+        #[arg(long, value_enum)]
+        protocol: ProtocolArg,
+        /// Where it listens, such as :1080 or 127.0.0.1:1080.
+        #[arg(long, value_parser = parse_listen)]
+        addr: SocketAddr,
+        /// A user and a password, as user:password. Other users of this host see the command line; set
+        /// CULVERT_USER instead to hide it.
+        #[arg(long, env = "CULVERT_USER", hide_env_values = true, value_parser = parse_user)]
+        user: Option<UserArg>,
+        /// Clients that may connect.
+        #[arg(long)]
+        allow: Vec<IpNet>,
+        /// Internal targets that may be dialled.
+        #[arg(long)]
+        allow_internal: Vec<IpNet>,
+    },
+    /// Connect standard input and output, or a local port, to a host through a proxy.
+    Client {
+        /// What the proxy speaks.
+        #[arg(long, value_enum)]
+        protocol: ProtocolArg,
+        /// The proxy: host:port, or a URL such as tcp://host:port/.
+        #[arg(long)]
+        addr: String,
+        /// The target's host.
+        #[arg(long)]
+        host: String,
+        /// The target's port.
+        #[arg(long)]
+        port: u16,
+        /// A user and a password, as user:password; better set CULVERT_USER.
+        #[arg(long, env = "CULVERT_USER", hide_env_values = true, value_parser = parse_user)]
+        user: Option<UserArg>,
+        /// Forward a local port instead of standard input and output.
+        #[arg(long, value_parser = parse_listen)]
+        listen: Option<SocketAddr>,
+    },
+    /// Read a password from standard input and print its hash.
+    HashPassword,
+    /// Ask a running node to take no more sessions, let the others end, and stop.
+    Drain {
+        /// The node's configuration file.
+        #[arg(short, long, env = "CULVERT_CONFIG")]
+        config: PathBuf,
+    },
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum ProtocolArg {
+    Socks5,
+    Http,
+    Websocket,
+}
+
+/// A user and a password from the command line.
+#[derive(Clone)]
+struct UserArg {
+    name: String,
+    password: String,
+}
+
+impl std::fmt::Debug for UserArg {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}:***", self.name)
+    }
+}
+
+fn parse_user(text: &str) -> Result<UserArg, String> {
+    match text.split_once(':') {
+        Some((name, password)) if !name.is_empty() && !password.is_empty() => {
+            Ok(UserArg { name: name.to_owned(), password: password.to_owned() })
+        }
+        _ => Err("write user:password".to_owned()),
+    }
+}
+
+/// `:1080` is every address of this host.
+fn parse_listen(text: &str) -> Result<SocketAddr, String> {
+    let whole = match text.strip_prefix(':') {
+        Some(port) => format!("0.0.0.0:{port}"),
+        None => text.to_owned(),
+    };
+    whole.parse().map_err(|_| format!("`{text}` is not an address with a port, such as :1080"))
+}
+
+/// Runs the program.
+pub fn main() -> ExitCode {
+    let result = match Cli::parse().command {
+        Command::Run { config } => commands::run(&config),
+        Command::Check { config } => commands::check(&config),
+        Command::Server { protocol, addr, user, allow, allow_internal } => {
+            commands::server(protocol, addr, user, allow, allow_internal)
+        }
+        Command::Client { protocol, addr, host, port, user, listen } => {
+            client::run(protocol, &addr, &host, port, user, listen)
+        }
+        Command::HashPassword => commands::hash_password(),
+        Command::Drain { config } => commands::drain(&config),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("culvert: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// The command line's definition, for tests of the documentation.
+pub fn command() -> clap::Command {
+    <Cli as clap::CommandFactory>::command()
+}

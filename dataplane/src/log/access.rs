@@ -1,0 +1,109 @@
+//! The access log's writer: a thread that drains the workers' queues.
+
+use std::{
+    io::{BufWriter, Write},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicU64, Ordering::Relaxed},
+    },
+    thread::{self, JoinHandle},
+    time::Duration,
+};
+
+use crossbeam::queue::ArrayQueue;
+
+use crate::{config::LogConfig, session::Record};
+
+/// How often the queues are looked at.
+const PAUSE: Duration = Duration::from_millis(50);
+
+/// The writer of access records.
+pub struct AccessLog {
+    thread: Option<JoinHandle<()>>,
+    shared: Arc<Shared>,
+}
+
+struct Shared {
+    queues: Vec<Arc<ArrayQueue<Record>>>,
+    ending: AtomicBool,
+    written: AtomicU64,
+    lost: AtomicU64,
+}
+
+impl AccessLog {
+    /// Starts writing what the queues hold; without a file they are emptied all the same.
+    ///
+    /// # Errors
+    /// The file or the thread cannot be had.
+    pub fn start(config: &LogConfig, queues: Vec<Arc<ArrayQueue<Record>>>) -> anyhow::Result<Self> {
+        let file = match &config.access_file {
+            Some(path) => Some(super::rolling(path, config.rotate)?),
+            None => None,
+        };
+        let shared = Arc::new(Shared {
+            queues,
+            ending: AtomicBool::new(false),
+            written: AtomicU64::new(0),
+            lost: AtomicU64::new(0),
+        });
+        let writer = shared.clone();
+        let thread =
+            thread::Builder::new().name("access-log".into()).spawn(move || match file {
+                Some(file) => writer.run(BufWriter::with_capacity(64 * 1024, file)),
+                None => writer.run(std::io::sink()),
+            })?;
+        Ok(Self { thread: Some(thread), shared })
+    }
+
+    /// Records written.
+    pub fn written(&self) -> u64 {
+        self.shared.written.load(Relaxed)
+    }
+
+    /// Records that could not be written (a full disk).
+    pub fn lost(&self) -> u64 {
+        self.shared.lost.load(Relaxed)
+    }
+
+    /// Writes what is queued and ends.
+    pub fn end(mut self) {
+        self.shared.ending.store(true, Relaxed);
+        if let Some(thread) = self.thread.take() {
+            thread.thread().unpark();
+            let _ = thread.join();
+        }
+    }
+}
+
+impl Shared {
+    fn run(&self, mut file: impl Write) {
+        let mut line = Vec::with_capacity(1024);
+        loop {
+            // Read before the queues, so that nothing queued before it is left.
+            let ending = self.ending.load(Relaxed);
+            let (mut written, mut failed) = (0, 0);
+            for record in self.queues.iter().flat_map(|queue| std::iter::from_fn(|| queue.pop())) {
+                line.clear();
+                let encoded = serde_json::to_writer(&mut line, &record).is_ok();
+                line.push(b'\n');
+                match encoded && file.write_all(&line).is_ok() {
+                    true => written += 1,
+                    false => failed += 1,
+                }
+            }
+            if written + failed > 0 && file.flush().is_err() {
+                (written, failed) = (0, written + failed);
+            }
+            self.written.fetch_add(written, Relaxed);
+            if failed > 0 && self.lost.fetch_add(failed, Relaxed) == 0 {
+                tracing::error!("access records cannot be written; is the disk full?");
+            }
+            if ending {
+                return;
+            }
+            if written + failed == 0 {
+                thread::park_timeout(PAUSE);
+            }
+        }
+    }
+}

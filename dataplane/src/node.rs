@@ -1,0 +1,497 @@
+//! A node: it owns the listening sockets, starts the workers, publishes snapshots and ends in order.
+//!
+//! It runs on the main thread with a small tokio runtime, which also resolves names and serves metrics
+//! and health. The workers never wait for it.
+
+mod reload;
+
+use std::{
+    net::SocketAddr,
+    os::fd::OwnedFd,
+    path::{Path, PathBuf},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicBool, AtomicU64, Ordering::Relaxed},
+    },
+    thread,
+    time::{Duration, Instant},
+};
+
+use arc_swap::ArcSwap;
+use crossbeam::queue::ArrayQueue;
+use culvert_api::Problem;
+use culvert_proto::{Login, Protocol};
+use culvert_rt::{
+    Driver, ListenerOptions, Runtime, RuntimeOptions, Sender, bind_listener, mailbox,
+};
+use tokio::sync::{mpsc, oneshot};
+
+pub use reload::Source;
+
+use crate::{
+    config::{Config, ListenerConfig},
+    end::Cause,
+    log::AccessLog,
+    policy::{LoginPool, NetSet, OwnAddresses, RememberKey, Snapshot, Table, Throttles, compile},
+    session::LiveInfo,
+    telemetry::WorkerCounters,
+    upstream::Resolver,
+    worker::{self, MAILBOX, Message, NodePlaces, Parts, RECORDS, Shared},
+};
+
+/// Descriptors that are not for sessions: rings, listeners, logs, pipes, name servers, headroom.
+const DESCRIPTORS_RESERVED: u64 = 512;
+/// Descriptors a session takes.
+const DESCRIPTORS_PER_SESSION: u64 = 2;
+/// How long a worker may take to answer before the node is not alive.
+const ALIVE: Duration = Duration::from_secs(1);
+/// Between the end of a drain and the end of the process, for resets to leave and records to be
+/// written.
+const LAST_WORDS: Duration = Duration::from_millis(300);
+
+/// What sessions need to know of their listener.
+#[derive(Debug, Clone)]
+pub struct ListenerRules {
+    /// Its name.
+    pub name: Arc<str>,
+    /// What it speaks.
+    pub protocols: Vec<Protocol>,
+    /// Which logins it takes.
+    pub login: Login,
+    /// Clients it takes.
+    pub allow: Option<Arc<NetSet>>,
+}
+
+/// A running node, as the admin interface and the signals see it.
+pub struct Node {
+    /// Its name.
+    pub name: String,
+    /// What all workers share.
+    pub shared: Arc<Shared>,
+    /// The workers.
+    pub workers: Vec<WorkerHandle>,
+    /// Where clients connect: name and bound address.
+    pub listeners: Vec<(String, SocketAddr)>,
+    /// Snapshots refused since the start.
+    pub rejected: AtomicU64,
+    /// When the present snapshot was published.
+    pub published: Mutex<Instant>,
+    /// When the node started.
+    pub started: Instant,
+    /// Access records.
+    pub access: AccessLog,
+    /// Asks the node to drain.
+    pub drain: mpsc::Sender<()>,
+    own: OwnAddresses,
+    ready: AtomicBool,
+    drain_timeout: Duration,
+    state_dir: Option<PathBuf>,
+}
+
+/// The outside of a worker.
+pub struct WorkerHandle {
+    /// What it counts.
+    pub counters: Arc<WorkerCounters>,
+    /// What drives it.
+    pub driver: Driver,
+    /// Its ring, for its fdinfo.
+    pub ring_fd: Option<i32>,
+    sender: Sender<Message>,
+    records: Arc<ArrayQueue<crate::session::Record>>,
+}
+
+impl WorkerHandle {
+    /// Records that wait to be written.
+    pub fn records_waiting(&self) -> usize {
+        self.records.len()
+    }
+}
+
+/// Runs a node until it has drained. `source` is where the configuration came from, to be read again.
+///
+/// # Errors
+/// What keeps the node from starting, with the next step.
+pub fn run(config: Config, source: Source) -> anyhow::Result<()> {
+    let _logging = crate::log::start(&config.log)?;
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    runtime.block_on(async {
+        let (drain, drained) = mpsc::channel(1);
+        let node = Arc::new(Node::start(&config, drain).await?);
+        crate::admin::start(&node, &config).await?;
+        node.announce();
+        reload::serve(&node, source, drained).await
+    })?;
+    // The workers' runtimes must not be dropped with operations in flight; the process simply ends.
+    std::process::exit(0);
+}
+
+impl Node {
+    /// Binds every listener once a worker; returns the sockets by worker, and the addresses.
+    fn bind(config: &Config) -> anyhow::Result<(Vec<Vec<OwnedFd>>, Vec<SocketAddr>)> {
+        let mut addresses = Vec::new();
+        let mut sockets: Vec<Vec<OwnedFd>> = (0..config.workers).map(|_| Vec::new()).collect();
+        for listener in &config.listeners {
+            let mut bind = listener.bind;
+            for sockets in &mut sockets {
+                let fd = bind_listener(bind, ListenerOptions::default()).map_err(|error| {
+                    anyhow::anyhow!(
+                        "listener {}: {bind}: {error}{}",
+                        listener.name,
+                        bind_hint(&error)
+                    )
+                })?;
+                // Port 0 was chosen by the kernel for the first worker; the others share it.
+                bind = local_addr(&fd)?;
+                sockets.push(fd);
+            }
+            addresses.push(bind);
+        }
+        Ok((sockets, addresses))
+    }
+
+    /// Binds, compiles, starts the workers, and returns when all of them accept.
+    async fn start(config: &Config, drain: mpsc::Sender<()>) -> anyhow::Result<Self> {
+        let (sockets, bound) = Self::bind(config)?;
+        let own = OwnAddresses {
+            listeners: bound.iter().copied().chain(config.admin).collect(),
+            local: culvert_rt::local_addresses(),
+        };
+        let snapshot = compile(&config.policy, config.settings.clone(), own.clone(), 1, None)
+            .map_err(|problems| anyhow::anyhow!("{}", crate::log::problems(&problems)))?;
+        let key = remember_key(config.state_dir.as_deref())?;
+        let places = NodePlaces::new(sessions_max(config.sessions));
+        let shared = Arc::new(Shared {
+            snapshot: ArcSwap::from_pointee(snapshot),
+            addresses: Arc::new(Table::new(places.max().min(1 << 20))),
+            places,
+            throttles: Throttles::new(),
+            logins: LoginPool::start(culvert_rt::available_cores().len(), key)?,
+            resolver: Resolver::start(&config.resolver)?,
+            draining: AtomicBool::new(false),
+        });
+        recall(&shared.snapshot.load(), config.state_dir.as_deref());
+        let mut workers = Vec::new();
+        for (index, sockets) in sockets.into_iter().enumerate() {
+            workers.push(start_worker(index, config, &shared, sockets).await?);
+        }
+        warn_of_fallback(&workers);
+        let queues = workers.iter().map(|worker| worker.records.clone()).collect();
+        let named = config.listeners.iter().map(|listener| listener.name.clone());
+        Ok(Self {
+            name: config.name.clone(),
+            access: AccessLog::start(&config.log, queues)?,
+            listeners: named.zip(bound).collect(),
+            rejected: AtomicU64::new(0),
+            published: Mutex::new(Instant::now()),
+            started: Instant::now(),
+            own,
+            drain,
+            ready: AtomicBool::new(true),
+            drain_timeout: config.drain,
+            state_dir: config.state_dir.clone(),
+            workers,
+            shared,
+        })
+    }
+
+    fn announce(&self) {
+        for (name, address) in &self.listeners {
+            tracing::info!(listener = %name, %address, "listening");
+        }
+        let driver = self.workers.first().map_or("none", |worker| worker.driver.name());
+        tracing::info!(
+            version = env!("CARGO_PKG_VERSION"),
+            workers = self.workers.len(),
+            driver,
+            sessions_max = self.shared.places.max(),
+            "ready"
+        );
+        let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
+    }
+
+    /// Compiles a policy beside the present one and publishes it; on any problem nothing changes.
+    ///
+    /// # Errors
+    /// All problems.
+    pub fn publish(&self, config: &Config) -> Result<u64, Vec<Problem>> {
+        let previous = self.shared.snapshot.load_full();
+        let generation = previous.generation + 1;
+        let compiled = compile(
+            &config.policy,
+            config.settings.clone(),
+            self.own.clone(),
+            generation,
+            Some(&previous),
+        );
+        let snapshot = compiled.inspect_err(|_| {
+            self.rejected.fetch_add(1, Relaxed);
+        })?;
+        self.shared.places.set_max(sessions_max(config.sessions));
+        self.shared.snapshot.store(Arc::new(snapshot));
+        if let Ok(mut published) = self.published.lock() {
+            *published = Instant::now();
+        }
+        self.tell(|| Message::Judge);
+        Ok(generation)
+    }
+
+    /// When the next user of the present snapshot expires, in seconds since 1970.
+    pub fn next_expiry(&self) -> Option<i64> {
+        let now = worker::unix_now();
+        let snapshot = self.shared.snapshot.load();
+        snapshot.directory.users().filter_map(|user| user.expires).filter(|&at| at > now).min()
+    }
+
+    /// Whether the node takes sessions.
+    pub fn is_ready(&self) -> bool {
+        self.ready.load(Relaxed)
+    }
+
+    /// Whether every worker answers within a second.
+    pub async fn is_alive(&self) -> bool {
+        for answer in self.ask(Message::Ping) {
+            if tokio::time::timeout(ALIVE, answer).await.is_err() {
+                return false;
+            }
+        }
+        true
+    }
+
+    /// All running sessions.
+    pub async fn sessions(&self) -> Vec<LiveInfo> {
+        let mut sessions = Vec::new();
+        for answer in self.ask(Message::List) {
+            if let Ok(Ok(list)) = tokio::time::timeout(ALIVE, answer).await {
+                sessions.extend(list);
+            }
+        }
+        sessions
+    }
+
+    /// Ends one session; its worker is in the upper bits of its number.
+    pub fn end_session(&self, id: u64) -> bool {
+        let worker = usize::try_from(id >> 48).ok().and_then(|index| self.workers.get(index));
+        worker.is_some_and(|worker| worker.sender.send(Message::End(id, Cause::Kicked)).is_ok())
+    }
+
+    /// Sessions open now.
+    pub fn sessions_active(&self) -> u64 {
+        self.workers.iter().map(|worker| worker.counters.sessions_active.get()).sum()
+    }
+
+    fn ask<T>(&self, message: impl Fn(oneshot::Sender<T>) -> Message) -> Vec<oneshot::Receiver<T>> {
+        let ask = |worker: &WorkerHandle| {
+            let (sender, receiver) = oneshot::channel();
+            // A full mailbox means a stuck worker; the answer never comes, which says so.
+            let _ = worker.sender.send(message(sender));
+            receiver
+        };
+        self.workers.iter().map(ask).collect()
+    }
+
+    fn tell(&self, message: impl Fn() -> Message) {
+        for worker in &self.workers {
+            if worker.sender.send(message()).is_err() {
+                tracing::error!("a worker's mailbox is full");
+            }
+        }
+    }
+
+    /// Takes no more sessions, lets the running ones end, ends them at the deadline.
+    pub async fn drain(&self) {
+        self.ready.store(false, Relaxed);
+        self.shared.draining.store(true, Relaxed);
+        let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
+        tracing::info!(sessions = self.sessions_active(), deadline = ?self.drain_timeout, "draining");
+        self.tell(|| Message::Drain);
+        let deadline = Instant::now() + self.drain_timeout;
+        while self.sessions_active() > 0 && Instant::now() < deadline {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        let cut = self.sessions_active();
+        if cut > 0 {
+            self.tell(|| Message::EndAll(Cause::Drained));
+            let deadline = Instant::now() + LAST_WORDS;
+            while self.sessions_active() > 0 && Instant::now() < deadline {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        }
+        self.keep_remembered();
+        tracing::info!(cut, "drained");
+        let deadline = Instant::now() + LAST_WORDS;
+        while self.workers.iter().any(|worker| worker.records_waiting() > 0)
+            && Instant::now() < deadline
+        {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    }
+
+    /// Keeps which passwords were found right, as keyed hashes, so that a restart hashes none again.
+    fn keep_remembered(&self) {
+        let Some(path) = self.state_dir.as_deref().map(remembered_path) else { return };
+        let snapshot = self.shared.snapshot.load();
+        let mut bytes = Vec::new();
+        for user in snapshot.directory.users() {
+            if let Some(remembered) = user.credential.remembered() {
+                bytes.extend_from_slice(&user.id.0.to_le_bytes());
+                bytes.extend_from_slice(&remembered);
+            }
+        }
+        if let Err(error) = write_private(&path, &bytes) {
+            tracing::warn!(path = %path.display(), %error, "remembered logins are not kept");
+        }
+    }
+}
+
+const REMEMBERED_ENTRY: usize = 8 + 32;
+
+fn remembered_path(state_dir: &Path) -> PathBuf {
+    state_dir.join("remembered-logins")
+}
+
+fn write_private(path: &Path, bytes: &[u8]) -> std::io::Result<()> {
+    use std::{io::Write, os::unix::fs::OpenOptionsExt};
+    let mut options = std::fs::OpenOptions::new();
+    options.write(true).create(true).truncate(true).mode(0o600).open(path)?.write_all(bytes)
+}
+
+/// Takes back what was kept; what does not fit a user is left out. A hash under another key or of
+/// another password matches nothing.
+fn recall(snapshot: &Snapshot, state_dir: Option<&Path>) {
+    let Some(bytes) = state_dir.and_then(|dir| std::fs::read(remembered_path(dir)).ok()) else {
+        return;
+    };
+    let known: std::collections::HashMap<u64, [u8; 32]> = bytes
+        .chunks_exact(REMEMBERED_ENTRY)
+        .filter_map(|entry| {
+            let (id, hash) = entry.split_at(8);
+            Some((u64::from_le_bytes(id.try_into().ok()?), hash.try_into().ok()?))
+        })
+        .collect();
+    for user in snapshot.directory.users() {
+        if let Some(remembered) = known.get(&user.id.0) {
+            user.credential.recall(*remembered);
+        }
+    }
+}
+
+fn remember_key(state_dir: Option<&Path>) -> anyhow::Result<RememberKey> {
+    let Some(dir) = state_dir else { return Ok(RememberKey::random()) };
+    std::fs::create_dir_all(dir).map_err(|error| {
+        anyhow::anyhow!(
+            "{}: {error}; set node.state_dir to a folder this user may write",
+            dir.display()
+        )
+    })?;
+    let path = dir.join("credential.key");
+    RememberKey::load(&path).map_err(|error| anyhow::anyhow!("{}: {error}", path.display()))
+}
+
+/// How many sessions fit: as asked, but no more than the descriptors allow.
+fn sessions_max(asked: Option<usize>) -> usize {
+    let descriptors = culvert_rt::raise_descriptor_limit();
+    let fit = descriptors.saturating_sub(DESCRIPTORS_RESERVED.min(descriptors / 2));
+    let fit = usize::try_from(fit / DESCRIPTORS_PER_SESSION).unwrap_or(usize::MAX);
+    match asked {
+        Some(asked) if asked > fit => {
+            tracing::warn!(asked, fit, descriptors, "limits.sessions lowered; raise LimitNOFILE");
+            fit
+        }
+        Some(asked) => asked,
+        None => fit,
+    }
+}
+
+fn local_addr(fd: &OwnedFd) -> std::io::Result<SocketAddr> {
+    std::net::TcpListener::from(fd.try_clone()?).local_addr()
+}
+
+fn bind_hint(error: &std::io::Error) -> &'static str {
+    match error.kind() {
+        std::io::ErrorKind::AddrInUse => "; another program listens there (ss -ltnp)",
+        std::io::ErrorKind::PermissionDenied => "; ports below 1024 need CAP_NET_BIND_SERVICE",
+        std::io::ErrorKind::AddrNotAvailable => "; this host does not have that address",
+        _ => "",
+    }
+}
+
+impl From<&ListenerConfig> for ListenerRules {
+    fn from(config: &ListenerConfig) -> Self {
+        Self {
+            name: config.name.as_str().into(),
+            protocols: config.protocols.clone(),
+            login: config.login,
+            allow: config.allow.clone().map(|nets| Arc::new(NetSet::new(nets))),
+        }
+    }
+}
+
+async fn start_worker(
+    index: usize,
+    config: &Config,
+    shared: &Arc<Shared>,
+    sockets: Vec<OwnedFd>,
+) -> anyhow::Result<WorkerHandle> {
+    let (sender, mailbox) = mailbox(MAILBOX)?;
+    let counters = Arc::new(WorkerCounters::default());
+    let records = Arc::new(ArrayQueue::new(RECORDS));
+    let parts = Parts {
+        index,
+        shared: shared.clone(),
+        mailbox,
+        sender: sender.clone(),
+        counters: counters.clone(),
+        records: records.clone(),
+        listeners: sockets
+            .into_iter()
+            .zip(config.listeners.iter().map(ListenerRules::from))
+            .collect(),
+    };
+    let cores = culvert_rt::available_cores();
+    // Pinned when there is a core for each; otherwise the scheduler knows better.
+    let core = (config.workers <= cores.len()).then(|| cores[index % cores.len()]);
+    let pipes = culvert_rt::PIPES_MAX / config.workers.min(culvert_rt::PIPES_MAX);
+    let options = RuntimeOptions { driver: config.driver, ..RuntimeOptions::default() };
+    let (built, driver) = oneshot::channel();
+    thread::Builder::new().name(format!("worker-{index}")).spawn(move || {
+        if let Some(core) = core {
+            let _ = culvert_rt::pin_to_core(core);
+        }
+        culvert_rt::set_pipes_max(pipes);
+        let runtime = match Runtime::build(options) {
+            Ok(runtime) => runtime,
+            Err(error) => {
+                let _ = built.send(Err(error.to_string()));
+                return;
+            }
+        };
+        let fallback = runtime.fallback().map(ToString::to_string);
+        let driver = (runtime.driver(), runtime.ring_fd(), fallback);
+        // A panic outside a session leaves the worker in no known state: the process ends, and its
+        // supervisor starts another.
+        let ran = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+            runtime.block_on(worker::run(parts, || {
+                let _ = built.send(Ok(driver));
+            }))
+        }));
+        tracing::error!(worker = index, ?ran, "a worker ended; the process ends with it");
+        std::process::abort();
+    })?;
+    let (driver, ring_fd, fallback) = driver.await?.map_err(|error| anyhow::anyhow!(error))?;
+    if let (0, Some(reason)) = (index, &fallback) {
+        tracing::warn!(%reason, "running on epoll");
+    }
+    Ok(WorkerHandle { counters, driver, ring_fd, sender, records })
+}
+
+/// One worker may find no ring where another did (locked memory is shared): say so once.
+fn warn_of_fallback(workers: &[WorkerHandle]) {
+    let rings = workers.iter().filter(|worker| worker.driver == Driver::IoUring).count();
+    if rings > 0 && rings < workers.len() {
+        tracing::warn!(
+            rings,
+            workers = workers.len(),
+            "some workers run on epoll: raise LimitMEMLOCK"
+        );
+    }
+}

@@ -1,0 +1,137 @@
+//! What happens while the node runs: signals, a changed file, a user's expiry, the drain.
+
+use std::{
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
+
+use notify::{
+    EventKind, RecursiveMode, Watcher,
+    event::{AccessKind, AccessMode},
+};
+use tokio::{
+    signal::unix::{SignalKind, signal},
+    sync::mpsc,
+};
+
+use super::Node;
+use crate::{config::Config, worker::Message};
+
+/// A changed file is read when nothing has happened to it for so long.
+const QUIET: Duration = Duration::from_millis(200);
+/// Longest sleep until a user's expiry is looked at again.
+const EXPIRY_MAX: Duration = Duration::from_secs(3600);
+
+/// Where the configuration came from.
+#[derive(Debug, Clone)]
+pub enum Source {
+    /// A file, which is read again on SIGHUP and when it changes.
+    File(PathBuf),
+    /// The command line.
+    CommandLine,
+}
+
+/// Serves until the node is to end, then drains it.
+pub(super) async fn serve(
+    node: &Arc<Node>,
+    source: Source,
+    mut drain: mpsc::Receiver<()>,
+) -> anyhow::Result<()> {
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    let mut hang_up = signal(SignalKind::hangup())?;
+    let (changed, mut changes) = mpsc::channel(1);
+    let _watcher = match &source {
+        Source::File(path) => watch(path, changed),
+        Source::CommandLine => None,
+    };
+    loop {
+        tokio::select! {
+            _ = terminate.recv() => break,
+            _ = interrupt.recv() => break,
+            _ = drain.recv() => break,
+            _ = hang_up.recv() => reload(node, &source).await,
+            Some(()) = changes.recv() => {
+                tokio::time::sleep(QUIET).await;
+                while changes.try_recv().is_ok() {}
+                reload(node, &source).await;
+            }
+            () = expiry(node) => node.tell(|| Message::Judge),
+        }
+    }
+    node.drain().await;
+    Ok(())
+}
+
+/// Waits until a user has expired.
+async fn expiry(node: &Node) {
+    let Some(at) = node.next_expiry() else { return std::future::pending().await };
+    let left = u64::try_from(at - crate::worker::unix_now()).unwrap_or(0);
+    tokio::time::sleep(Duration::from_secs(left).min(EXPIRY_MAX)).await;
+}
+
+/// Reads the file again; a bad one changes nothing.
+async fn reload(node: &Arc<Node>, source: &Source) {
+    let Source::File(path) = source else {
+        tracing::info!("nothing to reload: this node was started without a file");
+        return;
+    };
+    let usec = sd_notify::NotifyState::monotonic_usec_now();
+    let _ = usec.map(|usec| sd_notify::notify(&[sd_notify::NotifyState::Reloading, usec]));
+    let (path, publisher) = (path.clone(), node.clone());
+    let published = tokio::task::spawn_blocking(move || {
+        let config = Config::load(&path, std::env::vars())?;
+        publisher.publish(&config)
+    })
+    .await;
+    match published {
+        Ok(Ok(generation)) => {
+            let users = node.shared.snapshot.load().directory.len();
+            tracing::info!(generation, users, "configuration published");
+        }
+        Ok(Err(problems)) => {
+            node.rejected.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+            for problem in &problems {
+                tracing::error!(%problem, "configuration refused");
+            }
+            tracing::error!(problems = problems.len(), "the previous configuration stays in force");
+        }
+        Err(error) => tracing::error!(%error, "reload failed"),
+    }
+    let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
+}
+
+/// Watches the file's folder, so that a file moved into its place is seen too. Without a watcher SIGHUP
+/// still works.
+fn watch(path: &Path, changed: mpsc::Sender<()>) -> Option<notify::RecommendedWatcher> {
+    let name = path.file_name()?.to_owned();
+    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty());
+    let folder = folder.unwrap_or(Path::new(".")).to_owned();
+    let handler = move |event: notify::Result<notify::Event>| {
+        let Ok(event) = event else { return };
+        let written = match event.kind {
+            // Reading the file is an event too; only a finished write is a change.
+            EventKind::Access(kind) => kind == AccessKind::Close(AccessMode::Write),
+            _ => true,
+        };
+        // A folder of links (as orchestrators mount them) changes under another name.
+        let ours = event.paths.iter().any(|path| {
+            path.file_name().is_some_and(|changed| changed == name || changed == "..data")
+        });
+        if written && ours {
+            let _ = changed.try_send(());
+        }
+    };
+    let watched = notify::recommended_watcher(handler).and_then(|mut watcher| {
+        watcher.watch(&folder, RecursiveMode::NonRecursive)?;
+        Ok(watcher)
+    });
+    match watched {
+        Ok(watcher) => Some(watcher),
+        Err(error) => {
+            tracing::warn!(%error, "the configuration is not watched; use SIGHUP to reload");
+            None
+        }
+    }
+}

@@ -1,0 +1,265 @@
+//! One client connection and what it carries: detect → negotiate → authenticate → authorize → dial →
+//! relay → record.
+//!
+//! Each stage yields a value that only it can make: the connection is accepted, a [`Request`] comes
+//! out of the handshake, a [`Permit`] out of the policy, a connection out of the dial, an [`End`] out
+//! of the relay. An HTTP session goes round once a request (an *exchange*), each with its own permit,
+//! upstream and record. A stage's memory is freed when it is over, so that a relay holds little.
+
+mod establish;
+mod exchange;
+mod live;
+mod login;
+mod negotiate;
+mod record;
+
+use std::{
+    cell::{Cell, RefCell},
+    net::SocketAddr,
+    rc::Rc,
+    sync::Arc,
+    time::{Duration, Instant, SystemTime},
+};
+
+use culvert_proto::{Command, Handshake, Protocol, Request};
+use culvert_rt::{Accepted, Socket, Watch};
+
+pub use live::{Live, LiveInfo};
+pub use record::Record;
+
+use crate::{
+    end::{Cause, End, Stage},
+    ledger::Meter,
+    node::ListenerRules,
+    policy::{Admission, Held, Permit, User},
+    relay::{Allowance, Context, Leg, Until, relay},
+    telemetry::protocol_index,
+    upstream::Dialled,
+    worker::Worker,
+};
+
+/// Everything about one client connection.
+pub struct Session {
+    worker: Rc<Worker>,
+    listener: Rc<ListenerRules>,
+    client: Socket,
+    peer: SocketAddr,
+    watch: Watch,
+    meter: Meter,
+    live: Rc<Live>,
+    times: Times,
+    /// Bytes received and not yet used.
+    early: RefCell<Vec<u8>>,
+    protocol: Cell<Option<Protocol>>,
+    login: RefCell<Option<LoggedIn>>,
+    /// The node is full: say so, and no more.
+    refused: bool,
+    _place: Place,
+}
+
+/// A session's place in the counts of the node and of its client's address.
+pub struct Place {
+    /// One of the sessions of the client's address.
+    pub address: Held,
+    /// One of the node's sessions, or of those it only refuses.
+    pub node: crate::worker::NodePlace,
+}
+
+/// Who uses the session.
+struct LoggedIn {
+    user: Arc<User>,
+    _admission: Admission,
+}
+
+/// When what began.
+struct Times {
+    accepted: Instant,
+    wall: SystemTime,
+    requested: Cell<Option<Instant>>,
+}
+
+/// An upstream connection kept between exchanges.
+struct Kept {
+    dialled: Dialled,
+    permit: Permit,
+}
+
+/// Runs a session from accept to record.
+pub async fn run(
+    worker: Rc<Worker>,
+    listener: Rc<ListenerRules>,
+    accepted: Accepted,
+    place: Place,
+    refused: bool,
+) {
+    let Ok(client) = Socket::from_fd(accepted.fd) else { return };
+    let watch = Watch::new();
+    let timeouts = worker.snapshot().settings.timeouts;
+    watch.stage(timeouts.handshake, Cause::HandshakeTimeout.code());
+    if let Some(lifetime) = timeouts.lifetime {
+        watch.life(lifetime, Cause::Lifetime.code());
+    }
+    let times =
+        Times { accepted: Instant::now(), wall: SystemTime::now(), requested: Cell::new(None) };
+    let live = Live::enter(&worker, &listener, accepted.peer, &watch, times.accepted);
+    let session = Session {
+        meter: worker.ledger.open(),
+        client,
+        peer: accepted.peer,
+        watch,
+        live,
+        times,
+        early: RefCell::default(),
+        protocol: Cell::new(None),
+        login: RefCell::default(),
+        refused,
+        _place: place,
+        listener,
+        worker,
+    };
+    let end = session.serve().await;
+    session.close(end);
+}
+
+impl Session {
+    async fn serve(&self) -> End {
+        let mut handshake = match Box::pin(self.detect()).await {
+            Ok(handshake) => handshake,
+            Err(end) => return self.record_nothing(end),
+        };
+        let mut kept = None;
+        loop {
+            let request = match Box::pin(self.negotiate(&mut *handshake)).await {
+                Ok(request) => request,
+                // Between two requests, silence or a farewell ends the session well.
+                Err(end) if self.live.exchanges() > 0 && end.stage == Stage::Handshake => {
+                    return End::new(Stage::Relay, Cause::Finished);
+                }
+                Err(end) => return self.record_nothing(end),
+            };
+            self.live.asked(&request.target, self.user());
+            let done = Box::pin(self.carry(handshake, &request, &mut kept)).await;
+            handshake = match done {
+                Ok(handshake) => handshake,
+                Err(end) => return end,
+            };
+        }
+    }
+
+    /// Carries out one request; gives the handshake back if another may follow.
+    async fn carry(
+        &self,
+        mut handshake: Box<dyn Handshake>,
+        request: &Request,
+        kept: &mut Option<Kept>,
+    ) -> Result<Box<dyn Handshake>, End> {
+        let mut record = Record::begin(self, request);
+        let established = Box::pin(self.establish(request, &mut record, kept)).await;
+        let (permit, dialled) = match established {
+            Ok(established) => established,
+            Err(end) => {
+                let told = self.tell(&mut *handshake, end.cause.outcome()).await;
+                record.finish(self, end);
+                return match told {
+                    Ok(()) if handshake.resume() && !self.worker.is_draining() => {
+                        self.await_next(&end);
+                        Ok(handshake)
+                    }
+                    _ => Err(end),
+                };
+            }
+        };
+        self.live.connected(&permit, dialled.address);
+        match &request.command {
+            Command::Forward(forward) => {
+                let exchanged = self.exchange(&mut *handshake, forward, &permit, &dialled).await;
+                record.status = exchanged.status;
+                record.finish(self, exchanged.end);
+                self.live.exchanged();
+                if !exchanged.client_stays || self.worker.is_draining() {
+                    return Err(exchanged.end);
+                }
+                *kept = exchanged.upstream_stays.then_some(Kept { dialled, permit });
+                self.await_next(&exchanged.end);
+                Ok(handshake)
+            }
+            _ => {
+                let end = self.tunnel(handshake, dialled).await;
+                record.finish(self, end);
+                Err(end)
+            }
+        }
+    }
+
+    /// CONNECT: says yes and relays until both directions have ended.
+    async fn tunnel(&self, mut handshake: Box<dyn Handshake>, dialled: Dialled) -> End {
+        let Ok(bound) = dialled.socket.local_addr() else {
+            return End::new(Stage::Dial, Cause::UpstreamReset);
+        };
+        let outcome = culvert_proto::Outcome::Connected { bound };
+        if let Err(end) = self.tell(&mut *handshake, outcome).await {
+            return end;
+        }
+        drop(handshake);
+        let client = Leg::client(&self.client, self.early.take());
+        let upstream = Leg::upstream(&dialled.socket, Vec::new());
+        let end = self.relay(&client, &upstream).await;
+        if end.cause.cuts() {
+            dialled.socket.reset_on_close();
+        }
+        end
+    }
+
+    async fn relay(&self, client: &Leg<'_>, upstream: &Leg<'_>) -> End {
+        let timeouts = self.worker.snapshot().settings.timeouts;
+        self.watch.stage_over();
+        self.watch.silence(timeouts.idle, Cause::IdleTimeout.code());
+        let allowance = self.allowance();
+        let context = self.context(&allowance, timeouts.half_close);
+        let relayed = relay(client, upstream, &context, Until::BothEnd).await;
+        if relayed.spliced {
+            self.worker.counters.spliced.add(1);
+        }
+        End::new(Stage::Relay, self.stopped().unwrap_or(relayed.cause))
+    }
+
+    fn context<'a>(&'a self, allowance: &'a Allowance, half_close: Duration) -> Context<'a> {
+        Context { watch: &self.watch, meter: &self.meter, allowance, half_close }
+    }
+
+    fn allowance(&self) -> Allowance {
+        Allowance::new(self.login.borrow().as_ref().map(|login| login.user.shared.clone()))
+    }
+
+    /// Between two requests of a connection: the idle deadline holds, then the handshake's.
+    fn await_next(&self, _: &End) {
+        let timeouts = self.worker.snapshot().settings.timeouts;
+        self.watch.silence_over();
+        self.watch.stage(timeouts.idle, Cause::IdleTimeout.code());
+    }
+
+    /// Why the session was stopped from outside, if it was.
+    fn stopped(&self) -> Option<Cause> {
+        self.watch.stopped().map(|stopped| Cause::of_code(stopped.0))
+    }
+
+    fn user(&self) -> Option<Arc<User>> {
+        self.login.borrow().as_ref().map(|login| login.user.clone())
+    }
+
+    /// Every session leaves a record, also one that never got to a request.
+    fn record_nothing(&self, end: End) -> End {
+        Record::nothing(self).finish(self, end);
+        end
+    }
+
+    fn close(self, end: End) {
+        let counters = &self.worker.counters;
+        counters.sessions[protocol_index(self.protocol.get())][end.cause as usize].add(1);
+        counters.session_duration.record(self.times.accepted.elapsed());
+        // What was cut must not look finished. Before the relay there is nothing to be cut.
+        if end.cause.cuts() && end.stage == Stage::Relay {
+            self.client.reset_on_close();
+        }
+    }
+}

@@ -1,0 +1,202 @@
+//! What a worker knows of its running sessions: to list them, to judge them again, to end them.
+
+use std::{
+    cell::{Cell, RefCell},
+    net::SocketAddr,
+    rc::Rc,
+    sync::Arc,
+    time::Instant,
+};
+
+use culvert_proto::{Host, Name, Protocol, Target};
+use culvert_rt::Watch;
+use serde::Serialize;
+
+use crate::{
+    end::Cause,
+    node::ListenerRules,
+    policy::{Decision, Permit, Query, Snapshot, User},
+    telemetry::LoginResult,
+    worker::{Worker, unix_now},
+};
+
+/// One running session, as its worker's list has it.
+pub struct Live {
+    /// Unique within the node's life: the worker in the upper 16 bits.
+    pub id: u64,
+    listener: Rc<ListenerRules>,
+    peer: SocketAddr,
+    started: Instant,
+    stop: Box<dyn Fn(u8)>,
+    protocol: Cell<Option<Protocol>>,
+    asked: RefCell<Option<Asked>>,
+    exchanges: Cell<u32>,
+    login: Cell<Option<LoginResult>>,
+    /// The user has as many sessions as allowed; this one only tells its client so.
+    pub over_limit: Cell<bool>,
+    worker: Rc<Worker>,
+}
+
+struct Asked {
+    target: Target,
+    user: Option<Arc<User>>,
+    dialled: Option<SocketAddr>,
+    rule: Option<Arc<str>>,
+    generation: u64,
+}
+
+impl Live {
+    /// Enters a session into its worker's list.
+    pub(super) fn enter(
+        worker: &Rc<Worker>,
+        listener: &Rc<ListenerRules>,
+        peer: SocketAddr,
+        watch: &Watch,
+        started: Instant,
+    ) -> Rc<Self> {
+        let live = Rc::new(Self {
+            id: worker.next_session_id(),
+            listener: listener.clone(),
+            peer,
+            started,
+            stop: Box::new(watch.stopper()),
+            protocol: Cell::new(None),
+            asked: RefCell::default(),
+            exchanges: Cell::new(0),
+            login: Cell::new(None),
+            over_limit: Cell::new(false),
+            worker: worker.clone(),
+        });
+        worker.enter(&live);
+        live
+    }
+
+    /// Ends the session.
+    pub fn stop(&self, cause: Cause) {
+        (self.stop)(cause.code());
+    }
+
+    /// Whether the session moves bytes, or is about to.
+    pub fn has_asked(&self) -> bool {
+        self.asked.borrow().is_some()
+    }
+
+    pub(super) fn speaks(&self, protocol: Protocol) {
+        self.protocol.set(Some(protocol));
+    }
+
+    pub(super) fn login_result(&self, result: LoginResult) {
+        self.login.set(Some(result));
+    }
+
+    pub(super) fn last_login(&self) -> Option<LoginResult> {
+        self.login.get()
+    }
+
+    pub(super) fn asked(&self, target: &Target, user: Option<Arc<User>>) {
+        let asked =
+            Asked { target: target.clone(), user, dialled: None, rule: None, generation: 0 };
+        self.asked.replace(Some(asked));
+    }
+
+    pub(super) fn connected(&self, permit: &Permit, dialled: SocketAddr) {
+        if let Some(asked) = &mut *self.asked.borrow_mut() {
+            asked.dialled = Some(dialled);
+            asked.rule = permit.rule().cloned();
+            asked.generation = permit.generation();
+        }
+    }
+
+    pub(super) fn exchanged(&self) {
+        self.exchanges.set(self.exchanges.get() + 1);
+    }
+
+    pub(super) fn exchanges(&self) -> u32 {
+        self.exchanges.get()
+    }
+
+    /// Whether a snapshot still allows what the session does. A session that has not connected yet will
+    /// be judged when it does.
+    pub fn is_allowed(&self, snapshot: &Snapshot) -> bool {
+        let asked = self.asked.borrow();
+        let Some(asked) = &*asked else { return snapshot.admits(self.peer.ip()) };
+        let user = match &asked.user {
+            Some(known) => match snapshot.directory.find(known.name.as_bytes()) {
+                Some(user) if Arc::ptr_eq(&user.credential, &known.credential) => Some(user),
+                _ => return false,
+            },
+            None => None,
+        };
+        let Some(protocol) = self.protocol.get() else { return true };
+        let query = Query { user, client: self.peer.ip(), protocol, target: &asked.target };
+        let Some(dialled) = asked.dialled else {
+            return snapshot.judge_client(query, unix_now()).is_none();
+        };
+        // Whatever name is asked for, the address in use is the one to be judged.
+        let mut resolved: Vec<(Name, Arc<[std::net::IpAddr]>)> = Vec::new();
+        if let Host::Name(name) = &asked.target.host {
+            resolved.push((name.clone(), [dialled.ip()].into()));
+        }
+        loop {
+            match snapshot.authorize(query, &resolved, unix_now()) {
+                Decision::Permit(_) => return true,
+                Decision::Denied(_) => return false,
+                Decision::NeedsAddresses(name)
+                    if resolved.iter().any(|(known, _)| *known == name) =>
+                {
+                    return false;
+                }
+                Decision::NeedsAddresses(name) => resolved.push((name, [dialled.ip()].into())),
+            }
+        }
+    }
+
+    /// What is shown of the session.
+    pub fn info(&self) -> LiveInfo {
+        let asked = self.asked.borrow();
+        let asked = asked.as_ref();
+        LiveInfo {
+            id: self.id,
+            listener: self.listener.name.clone(),
+            protocol: self.protocol.get().map(Protocol::name),
+            client: self.peer,
+            user: asked.and_then(|asked| asked.user.as_ref()).map(|user| user.name.clone()),
+            target: asked.map(|asked| asked.target.to_string()),
+            address: asked.and_then(|asked| asked.dialled),
+            rule: asked.and_then(|asked| asked.rule.clone()),
+            generation: asked.map_or(0, |asked| asked.generation),
+            seconds: self.started.elapsed().as_secs_f64(),
+        }
+    }
+}
+
+impl Drop for Live {
+    fn drop(&mut self) {
+        self.worker.leave(self.id);
+    }
+}
+
+/// A running session, as `/sessions` shows it.
+#[derive(Debug, Clone, Serialize)]
+pub struct LiveInfo {
+    /// Its number.
+    pub id: u64,
+    /// The listener's name.
+    pub listener: Arc<str>,
+    /// The client's protocol, once known.
+    pub protocol: Option<&'static str>,
+    /// The client.
+    pub client: SocketAddr,
+    /// The user.
+    pub user: Option<Arc<str>>,
+    /// What was asked for.
+    pub target: Option<String>,
+    /// What is connected.
+    pub address: Option<SocketAddr>,
+    /// The rule that decided.
+    pub rule: Option<Arc<str>>,
+    /// The snapshot that decided.
+    pub generation: u64,
+    /// Its age.
+    pub seconds: f64,
+}

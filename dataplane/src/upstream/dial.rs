@@ -1,0 +1,104 @@
+//! Dialling the addresses of a permit, one after the other or racing (RFC 8305).
+
+use std::{
+    future::{Future, poll_fn},
+    io,
+    net::SocketAddr,
+    pin::Pin,
+    task::Poll,
+    time::Duration,
+};
+
+use culvert_rt::{ConnectOptions, Socket, connect, sleep};
+
+use crate::{end::Cause, policy::Permit};
+
+/// Pause before the next address is tried beside those under way (RFC 8305 section 5).
+const ATTEMPT_DELAY: Duration = Duration::from_millis(250);
+
+/// A connection to a target.
+pub struct Dialled {
+    /// The connection.
+    pub socket: Socket,
+    /// Which of the permit's addresses answered.
+    pub address: SocketAddr,
+}
+
+/// Dials what a permit allows. The deadline is the caller's; dropping the future closes what is under
+/// way.
+///
+/// # Errors
+/// Why no address answered: the cause of the last failure that says most.
+pub async fn dial(permit: &Permit) -> Result<Dialled, Cause> {
+    let egress = permit.egress();
+    let options = |address: SocketAddr| ConnectOptions {
+        bind: egress.filter(|ip| ip.is_ipv4() == address.is_ipv4()),
+        mark: None,
+    };
+    match permit.addresses() {
+        [address] => one(*address, options(*address)).await.map_err(|error| Cause::of_dial(&error)),
+        addresses => race(addresses, options).await,
+    }
+}
+
+async fn one(address: SocketAddr, options: ConnectOptions) -> io::Result<Dialled> {
+    let socket = connect(address, options).await?;
+    Ok(Dialled { socket, address })
+}
+
+type Attempt = Pin<Box<dyn Future<Output = io::Result<Dialled>>>>;
+
+async fn race(
+    addresses: &[SocketAddr],
+    options: impl Fn(SocketAddr) -> ConnectOptions,
+) -> Result<Dialled, Cause> {
+    let mut waiting = addresses.iter().copied();
+    let mut under_way: Vec<Attempt> = Vec::new();
+    let mut pause: Option<Pin<Box<dyn Future<Output = ()>>>> = None;
+    let mut failure = Cause::Unresolved;
+    poll_fn(move |cx| {
+        loop {
+            if pause.as_mut().is_none_or(|pause| pause.as_mut().poll(cx).is_ready()) {
+                match waiting.next() {
+                    Some(address) => {
+                        under_way.push(Box::pin(one(address, options(address))));
+                        pause = Some(Box::pin(sleep(ATTEMPT_DELAY)));
+                    }
+                    None if under_way.is_empty() => return Poll::Ready(Err(failure)),
+                    None => {}
+                }
+            }
+            let mut failed = false;
+            let mut index = 0;
+            while index < under_way.len() {
+                match under_way[index].as_mut().poll(cx) {
+                    Poll::Ready(Ok(dialled)) => return Poll::Ready(Ok(dialled)),
+                    Poll::Ready(Err(error)) => {
+                        drop(under_way.swap_remove(index));
+                        failure = worse(failure, Cause::of_dial(&error));
+                        failed = true;
+                    }
+                    Poll::Pending => index += 1,
+                }
+            }
+            if !failed {
+                return Poll::Pending;
+            }
+            // A failure lets the next address be tried at once.
+            pause = None;
+        }
+    })
+    .await
+}
+
+/// Of two failures, the one that tells the client more: somebody who refused is nearer than nobody.
+fn worse(before: Cause, now: Cause) -> Cause {
+    let rank = |cause| match cause {
+        Cause::Refused => 4,
+        Cause::ConnectTimeout => 3,
+        Cause::HostUnreachable => 2,
+        Cause::Unresolved => 0,
+        _ => 1,
+    };
+    if rank(now) >= rank(before) { now } else { before }
+}

@@ -1,0 +1,229 @@
+//! Name resolution off the workers: hickory on the service thread, or `getaddrinfo(3)` on threads of
+//! its own. Answers come back through a callback; workers keep their own caches.
+
+use std::{
+    net::{IpAddr, SocketAddr, ToSocketAddrs},
+    sync::Arc,
+    thread,
+    time::{Duration, Instant},
+};
+
+use culvert_proto::Name;
+use hickory_resolver::{
+    TokioResolver,
+    config::{
+        ConnectionConfig, NameServerConfig, ProtocolConfig, ResolveHosts, ResolverConfig,
+        ResolverOpts, ServerOrderingStrategy,
+    },
+    lookup::Lookup,
+    net::{DnsError, NetError, NoRecords, runtime::TokioRuntimeProvider},
+    proto::rr::{Name as DnsName, RData},
+};
+use tokio::sync::mpsc;
+
+/// Lookups under way at once, over all workers; beyond it they wait in a queue of the same length.
+const LOOKUPS_MAX: usize = 4096;
+/// Threads of the `getaddrinfo` mode.
+const BLOCKING_THREADS: usize = 8;
+/// Bounds of how long an answer is kept, whatever its TTL says.
+const TTL: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(3600));
+/// How long a missing name is remembered when the answer does not say, and at the most.
+const TTL_NEGATIVE: (Duration, Duration) = (Duration::from_secs(5), Duration::from_secs(300));
+/// How long a failure is remembered, so that a dead server is not asked for every session.
+const TTL_FAILURE: Duration = Duration::from_secs(1);
+/// Addresses of one name that are used.
+const ADDRESSES_MAX: usize = 16;
+
+/// Why a name has no addresses.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum LookupError {
+    /// It does not exist, or has no address.
+    NotFound,
+    /// Nobody could tell in time.
+    Failed,
+}
+
+/// The answer to a lookup.
+#[derive(Debug, Clone)]
+pub struct Answer {
+    /// Addresses, at least one.
+    pub addresses: Result<Arc<[IpAddr]>, LookupError>,
+    /// How long it may be kept.
+    pub ttl: Duration,
+}
+
+impl Answer {
+    fn failed() -> Self {
+        Self { addresses: Err(LookupError::Failed), ttl: TTL_FAILURE }
+    }
+
+    fn not_found(ttl: Option<Duration>) -> Self {
+        let (default, max) = TTL_NEGATIVE;
+        let ttl = ttl.unwrap_or(default).clamp(TTL.0, max);
+        Self { addresses: Err(LookupError::NotFound), ttl }
+    }
+
+    fn found(addresses: Vec<IpAddr>, ttl: Duration) -> Self {
+        let addresses = addresses.into_iter().take(ADDRESSES_MAX).collect();
+        Self { addresses: Ok(addresses), ttl: ttl.clamp(TTL.0, TTL.1) }
+    }
+}
+
+/// How names are resolved.
+#[derive(Debug, Clone)]
+pub struct ResolverOptions {
+    /// Servers to ask; empty asks those of `/etc/resolv.conf`.
+    pub servers: Vec<SocketAddr>,
+    /// Use the C library's resolver instead.
+    pub getaddrinfo: bool,
+    /// For one lookup, all tries together.
+    pub timeout: Duration,
+}
+
+type Reply = Box<dyn FnOnce(Name, Answer) + Send>;
+
+/// A handle for the workers.
+#[derive(Clone)]
+pub struct Resolver {
+    queue: mpsc::Sender<(Name, Reply)>,
+}
+
+impl Resolver {
+    /// Starts resolving on the calling thread's tokio runtime.
+    ///
+    /// # Errors
+    /// The servers cannot be read from `/etc/resolv.conf`, or threads cannot be started.
+    pub fn start(options: &ResolverOptions) -> anyhow::Result<Self> {
+        let (queue, questions) = mpsc::channel(LOOKUPS_MAX);
+        if options.getaddrinfo {
+            blocking(questions)?;
+        } else {
+            tokio::spawn(serve(build(options)?, options.timeout, questions));
+        }
+        Ok(Self { queue })
+    }
+
+    /// Asks for a name's addresses; `false` when too many lookups are under way, and then `reply` is
+    /// never called.
+    pub fn ask(&self, name: Name, reply: Reply) -> bool {
+        self.queue.try_send((name, reply)).is_ok()
+    }
+}
+
+fn build(options: &ResolverOptions) -> anyhow::Result<TokioResolver> {
+    let (config, mut opts) = if options.servers.is_empty() {
+        // Without the search list: a client's names are whole names.
+        let (config, opts) =
+            hickory_resolver::system_conf::read_system_conf().map_err(|error| {
+                anyhow::anyhow!("/etc/resolv.conf: {error}; name servers in dns.servers")
+            })?;
+        let (_, _, servers) = config.into_parts();
+        (ResolverConfig::from_name_servers(servers), opts)
+    } else {
+        let servers = options.servers.iter().map(|address| {
+            let mut udp = ConnectionConfig::new(ProtocolConfig::Udp);
+            udp.port = address.port();
+            let mut tcp = ConnectionConfig::tcp();
+            tcp.port = address.port();
+            NameServerConfig::new(address.ip(), true, vec![udp, tcp])
+        });
+        (ResolverConfig::from_name_servers(servers.collect()), ResolverOpts::default())
+    };
+    opts.timeout = options.timeout / 2;
+    opts.attempts = 1;
+    opts.cache_size = 0;
+    opts.use_hosts_file = ResolveHosts::Always;
+    opts.num_concurrent_reqs = 1;
+    // In turn, so that a server that answers SERVFAIL is not asked again by the second try.
+    opts.server_ordering_strategy = ServerOrderingStrategy::RoundRobin;
+    Ok(TokioResolver::builder_with_config(config, TokioRuntimeProvider::default())
+        .with_options(opts)
+        .build()?)
+}
+
+async fn serve(
+    resolver: TokioResolver,
+    timeout: Duration,
+    mut questions: mpsc::Receiver<(Name, Reply)>,
+) {
+    let under_way = Arc::new(tokio::sync::Semaphore::new(LOOKUPS_MAX));
+    while let Some((name, reply)) = questions.recv().await {
+        let Ok(place) = under_way.clone().acquire_owned().await else { return };
+        let resolver = resolver.clone();
+        tokio::spawn(async move {
+            let answer = tokio::time::timeout(timeout, look_up(&resolver, &name)).await;
+            reply(name, answer.unwrap_or_else(|_| Answer::failed()));
+            drop(place);
+        });
+    }
+}
+
+async fn look_up(resolver: &TokioResolver, name: &Name) -> Answer {
+    let Ok(mut dns_name) = DnsName::from_str_relaxed(name.as_str()) else {
+        return Answer::not_found(None);
+    };
+    dns_name.set_fqdn(true);
+    let (v4, v6) = tokio::join!(
+        resolver.ipv4_lookup(dns_name.clone()),
+        resolver.ipv6_lookup(dns_name.clone())
+    );
+    let ttl = |lookup: &Lookup| lookup.valid_until().saturating_duration_since(Instant::now());
+    match (v4, v6) {
+        (Ok(v4), Ok(v6)) => {
+            let addresses = [addresses(&v6), addresses(&v4)].concat();
+            Answer::found(addresses, ttl(&v4).min(ttl(&v6)))
+        }
+        (Ok(one), Err(_)) | (Err(_), Ok(one)) => Answer::found(addresses(&one), ttl(&one)),
+        (Err(v4), Err(v6)) => match (missing(&v4), missing(&v6)) {
+            (Some(a), Some(b)) => Answer::not_found(a.into_iter().chain(b).min()),
+            _ => Answer::failed(),
+        },
+    }
+}
+
+fn addresses(lookup: &Lookup) -> Vec<IpAddr> {
+    let ip = |data: &RData| match data {
+        RData::A(a) => Some(IpAddr::V4(a.0)),
+        RData::AAAA(aaaa) => Some(IpAddr::V6(aaaa.0)),
+        _ => None,
+    };
+    lookup.answers().iter().filter_map(|record| ip(&record.data)).collect()
+}
+
+/// Whether an error says that the name has no such records, and for how long that holds.
+fn missing(error: &NetError) -> Option<Option<Duration>> {
+    match error {
+        NetError::Dns(DnsError::NoRecordsFound(NoRecords { negative_ttl, .. })) => {
+            Some(negative_ttl.map(|seconds| Duration::from_secs(seconds.into())))
+        }
+        _ => None,
+    }
+}
+
+/// The C library's resolver: knows nothing of TTLs, and its timeouts are those of `resolv.conf`.
+fn blocking(mut questions: mpsc::Receiver<(Name, Reply)>) -> std::io::Result<()> {
+    let (sender, jobs) = crossbeam::channel::bounded::<(Name, Reply)>(LOOKUPS_MAX);
+    for i in 0..BLOCKING_THREADS {
+        let jobs = jobs.clone();
+        thread::Builder::new().name(format!("resolve-{i}")).spawn(move || {
+            for (name, reply) in jobs {
+                let answer = match (name.as_str(), 0).to_socket_addrs() {
+                    Ok(found) => {
+                        let addresses: Vec<IpAddr> = found.map(|address| address.ip()).collect();
+                        Answer::found(addresses, Duration::from_secs(30))
+                    }
+                    Err(_) => Answer::not_found(None),
+                };
+                reply(name, answer);
+            }
+        })?;
+    }
+    thread::Builder::new().name("resolve".into()).spawn(move || {
+        while let Some(question) = questions.blocking_recv() {
+            if sender.send(question).is_err() {
+                return;
+            }
+        }
+    })?;
+    Ok(())
+}

@@ -1,0 +1,318 @@
+//! A worker: one thread on one core with its own runtime, its sessions, its caches and its counters.
+//!
+//! It takes no lock and never blocks. Others reach it through its mailbox; it reads what they publish
+//! through atomics.
+
+mod accept;
+mod place;
+
+use std::{
+    cell::{Cell, RefCell},
+    collections::HashMap,
+    os::fd::OwnedFd,
+    rc::Rc,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering::Relaxed},
+    },
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
+
+use arc_swap::ArcSwap;
+use crossbeam::queue::ArrayQueue;
+use culvert_proto::Name;
+use culvert_rt::{Mailbox, Sender, Signal, Wheel, sleep, spawn};
+use tokio::sync::oneshot;
+
+pub use place::{NodePlace, NodePlaces};
+
+use crate::{
+    end::Cause,
+    ledger::Ledger,
+    node::ListenerRules,
+    policy::{LoginPool, Snapshot, Table, Throttles},
+    session::{Live, LiveInfo, Record},
+    telemetry::WorkerCounters,
+    upstream::{Answer, Names, Resolver},
+};
+
+/// Messages a worker's mailbox holds: every lookup and login under way may answer at once.
+pub const MAILBOX: usize = 8192;
+/// Records a worker's queue holds before new ones are dropped and counted.
+pub const RECORDS: usize = 8192;
+/// Sessions judged again between two turns of the worker.
+const SLICE: usize = 100;
+
+/// What all workers share.
+pub struct Shared {
+    /// The policy in force.
+    pub snapshot: ArcSwap<Snapshot>,
+    /// Sessions of the node.
+    pub places: Arc<NodePlaces>,
+    /// Sessions and rates of client addresses.
+    pub addresses: Arc<Table>,
+    /// Failed logins.
+    pub throttles: Throttles,
+    /// Threads that verify passwords.
+    pub logins: LoginPool,
+    /// Where names are resolved.
+    pub resolver: Resolver,
+    /// The node takes no more sessions.
+    pub draining: AtomicBool,
+}
+
+/// What others tell a worker.
+pub enum Message {
+    /// A password was verified.
+    LoggedIn {
+        /// Which login.
+        ticket: u64,
+        /// Whether it was right.
+        right: bool,
+    },
+    /// A name was looked up.
+    Resolved {
+        /// The name.
+        name: Name,
+        /// Its addresses.
+        answer: Answer,
+    },
+    /// A new snapshot, or the passing of a time, asks for running sessions to be judged again.
+    Judge,
+    /// Are you there?
+    Ping(oneshot::Sender<()>),
+    /// Which sessions run?
+    List(oneshot::Sender<Vec<LiveInfo>>),
+    /// Take no more sessions.
+    Drain,
+    /// End one session.
+    End(u64, Cause),
+    /// End all sessions.
+    EndAll(Cause),
+}
+
+/// What a worker is made of; moved into its thread.
+pub struct Parts {
+    /// Its number.
+    pub index: usize,
+    /// What all share.
+    pub shared: Arc<Shared>,
+    /// Its mailbox.
+    pub mailbox: Mailbox<Message>,
+    /// The way into it.
+    pub sender: Sender<Message>,
+    /// Its counters.
+    pub counters: Arc<WorkerCounters>,
+    /// Its records.
+    pub records: Arc<ArrayQueue<Record>>,
+    /// Its listening sockets.
+    pub listeners: Vec<(OwnedFd, ListenerRules)>,
+}
+
+/// A running worker.
+pub struct Worker {
+    /// Its number.
+    pub index: usize,
+    /// What all share.
+    pub shared: Arc<Shared>,
+    /// The way into its own mailbox, for answers.
+    pub sender: Sender<Message>,
+    /// What it counts.
+    pub counters: Arc<WorkerCounters>,
+    /// Its sessions' slots.
+    pub ledger: Rc<Ledger>,
+    /// Its names.
+    pub names: Names,
+    snapshot: RefCell<arc_swap::Cache<SharedSnapshot, Arc<Snapshot>>>,
+    records: Arc<ArrayQueue<Record>>,
+    sessions: RefCell<HashMap<u64, std::rc::Weak<Live>, ahash::RandomState>>,
+    logins: RefCell<HashMap<u64, Rc<Signal<bool>>, ahash::RandomState>>,
+    last_id: Cell<u64>,
+    draining: Rc<Signal<()>>,
+    /// Whether sessions are being judged again, and whether that must begin anew.
+    judging: Cell<Judging>,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Judging {
+    No,
+    Yes,
+    Again,
+}
+
+/// Lets a cache of the snapshot live as long as the shared state.
+struct SharedSnapshot(Arc<Shared>);
+
+impl std::ops::Deref for SharedSnapshot {
+    type Target = ArcSwap<Snapshot>;
+
+    fn deref(&self) -> &ArcSwap<Snapshot> {
+        &self.0.snapshot
+    }
+}
+
+/// Seconds since 1970.
+pub fn unix_now() -> i64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs() as i64)
+}
+
+/// Runs a worker in its own runtime; returns only when the process is to end.
+pub async fn run(parts: Parts, ready: impl FnOnce()) -> std::io::Result<()> {
+    let Parts { index, shared, mailbox, sender, counters, records, listeners } = parts;
+    let inbox = mailbox.open()?;
+    let worker = Rc::new(Worker {
+        index,
+        sender,
+        ledger: Ledger::new(counters.clone()),
+        names: Names::new(shared.resolver.clone()),
+        snapshot: RefCell::new(arc_swap::Cache::new(SharedSnapshot(shared.clone()))),
+        records,
+        sessions: RefCell::default(),
+        logins: RefCell::default(),
+        last_id: Cell::new((index as u64) << 48),
+        draining: Rc::new(Signal::default()),
+        judging: Cell::new(Judging::No),
+        counters,
+        shared,
+    });
+    spawn(Wheel::run());
+    for (fd, rules) in listeners {
+        let listener = culvert_rt::Listener::from_fd(fd)?;
+        spawn(accept::run(worker.clone(), listener, Rc::new(rules)));
+    }
+    ready();
+    loop {
+        let message = inbox.receive().await;
+        worker.handle(message);
+    }
+}
+
+impl Worker {
+    /// The snapshot in force.
+    pub fn snapshot(&self) -> Arc<Snapshot> {
+        self.snapshot.borrow_mut().load().clone()
+    }
+
+    /// Whether the node takes no more sessions.
+    pub fn is_draining(&self) -> bool {
+        self.shared.draining.load(Relaxed)
+    }
+
+    /// A new session's number.
+    pub fn next_session_id(&self) -> u64 {
+        self.last_id.set(self.last_id.get() + 1);
+        self.last_id.get()
+    }
+
+    /// Enters a session into the list.
+    pub fn enter(&self, live: &Rc<Live>) {
+        self.sessions.borrow_mut().insert(live.id, Rc::downgrade(live));
+        self.counters.sessions_active.add(1);
+    }
+
+    /// Takes a session out of the list.
+    pub fn leave(&self, id: u64) {
+        self.sessions.borrow_mut().remove(&id);
+        self.counters.sessions_active.sub(1);
+    }
+
+    /// Queues a record, or counts that there was no room.
+    pub fn log(&self, record: Record) {
+        match self.records.push(record) {
+            Ok(()) => self.counters.records.add(1),
+            Err(_) => self.counters.records_dropped.add(1),
+        }
+    }
+
+    /// Registers a login whose answer is to come.
+    pub fn expect_login(&self, answer: Rc<Signal<bool>>) -> u64 {
+        let ticket = self.next_session_id();
+        self.logins.borrow_mut().insert(ticket, answer);
+        ticket
+    }
+
+    /// Waits no more for a login.
+    pub fn forget_login(&self, ticket: u64) {
+        self.logins.borrow_mut().remove(&ticket);
+    }
+
+    fn handle(self: &Rc<Self>, message: Message) {
+        match message {
+            Message::LoggedIn { ticket, right } => {
+                if let Some(answer) = self.logins.borrow_mut().remove(&ticket) {
+                    answer.set(right);
+                }
+            }
+            Message::Resolved { name, answer } => self.names.answered(name, answer),
+            Message::Judge => self.judge(),
+            Message::Ping(reply) => {
+                let _ = reply.send(());
+            }
+            Message::List(reply) => {
+                let list = self.live().iter().map(|live| live.info()).collect();
+                let _ = reply.send(list);
+            }
+            Message::Drain => self.drain(),
+            Message::End(id, cause) => {
+                let live = self.sessions.borrow().get(&id).and_then(std::rc::Weak::upgrade);
+                if let Some(live) = live {
+                    live.stop(cause);
+                }
+            }
+            Message::EndAll(cause) => {
+                for live in self.live() {
+                    live.stop(cause);
+                }
+            }
+        }
+    }
+
+    fn live(&self) -> Vec<Rc<Live>> {
+        self.sessions.borrow().values().filter_map(std::rc::Weak::upgrade).collect()
+    }
+
+    /// No session begins any more; those that have asked for nothing yet end.
+    fn drain(&self) {
+        self.draining.set(());
+        for live in self.live() {
+            if !live.has_asked() {
+                live.stop(Cause::Drained);
+            }
+        }
+    }
+
+    /// Judges all sessions by the snapshot in force, in slices.
+    fn judge(self: &Rc<Self>) {
+        if self.judging.get() != Judging::No {
+            self.judging.set(Judging::Again);
+            return;
+        }
+        self.judging.set(Judging::Yes);
+        let worker = self.clone();
+        spawn(async move {
+            loop {
+                worker.judging.set(Judging::Yes);
+                worker.judge_once().await;
+                if worker.judging.get() == Judging::Yes {
+                    break;
+                }
+            }
+            worker.judging.set(Judging::No);
+        });
+    }
+
+    async fn judge_once(&self) {
+        let snapshot = self.snapshot();
+        let live = self.live();
+        for slice in live.chunks(SLICE) {
+            for live in slice {
+                if !live.is_allowed(&snapshot) {
+                    live.stop(Cause::Revoked);
+                    self.counters.revoked.add(1);
+                }
+            }
+            sleep(Duration::from_millis(1)).await;
+        }
+        self.counters.generation.add(snapshot.generation - self.counters.generation.get());
+    }
+}

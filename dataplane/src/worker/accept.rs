@@ -1,0 +1,108 @@
+//! The accept loop: by readiness, in batches, and what is asked of a client before it costs anything.
+
+use std::rc::Rc;
+
+use culvert_rt::{Accepted, Listener, spawn, take_turns};
+
+use super::Worker;
+use crate::{
+    node::ListenerRules,
+    policy::{Held, TableError, client_key, clock},
+    session::{self, Place},
+    telemetry::TurnedAway,
+};
+
+/// Clients accepted before other tasks get their turn.
+const BATCH: usize = 64;
+
+/// Accepts until the node drains.
+pub(super) async fn run(worker: Rc<Worker>, listener: Listener, rules: Rc<ListenerRules>) {
+    let mut draining = Box::pin({
+        let signal = worker.draining.clone();
+        async move { signal.wait().await }
+    });
+    loop {
+        let ready = Box::pin(listener.readable());
+        let drained = either(ready, draining.as_mut()).await;
+        let exhausted = accept_batch(&worker, &listener, &rules);
+        if drained {
+            return;
+        }
+        if exhausted {
+            worker.counters.accept_exhausted.add(1);
+            listener.back_off().await;
+        }
+        take_turns().await;
+    }
+}
+
+/// Waits for either; whether it was the second. Both hold nothing.
+async fn either<A: Future + Unpin, B: Future + Unpin>(mut a: A, mut b: B) -> bool {
+    std::future::poll_fn(|cx| {
+        if std::pin::Pin::new(&mut b).poll(cx).is_ready() {
+            return std::task::Poll::Ready(true);
+        }
+        std::pin::Pin::new(&mut a).poll(cx).map(|_| false)
+    })
+    .await
+}
+
+/// Accepts what is in the queue; whether it failed for want of descriptors or memory.
+fn accept_batch(worker: &Rc<Worker>, listener: &Listener, rules: &Rc<ListenerRules>) -> bool {
+    for _ in 0..BATCH {
+        match listener.accept() {
+            Ok(Some(accepted)) => begin(worker, rules, accepted),
+            Ok(None) => return false,
+            Err(error) => {
+                tracing::debug!(%error, "accept failed");
+                return true;
+            }
+        }
+    }
+    false
+}
+
+fn begin(worker: &Rc<Worker>, rules: &Rc<ListenerRules>, accepted: Accepted) {
+    match admit(worker, rules, &accepted) {
+        Ok(place) => {
+            let refused = place.node.refusing;
+            spawn(session::run(worker.clone(), rules.clone(), accepted, place, refused));
+        }
+        Err(reason) => worker.counters.turned_away[reason as usize].add(1),
+    }
+}
+
+/// Whether a client gets a session, before a byte of it is read.
+fn admit(worker: &Worker, rules: &ListenerRules, accepted: &Accepted) -> Result<Place, TurnedAway> {
+    let client = accepted.peer.ip();
+    let snapshot = worker.snapshot();
+    let welcome = rules.allow.as_ref().is_none_or(|allow| allow.contains(client));
+    if !welcome || !snapshot.admits(client) {
+        return Err(TurnedAway::Address);
+    }
+    if worker.is_draining() {
+        return Err(TurnedAway::Draining);
+    }
+    let address = hold_address(worker, client, snapshot.settings.address)?;
+    let node = worker.shared.places.take().ok_or(TurnedAway::Node)?;
+    Ok(Place { address, node })
+}
+
+fn hold_address(
+    worker: &Worker,
+    client: std::net::IpAddr,
+    limits: crate::settings::AddressLimits,
+) -> Result<Held, TurnedAway> {
+    let (table, key, now) = (&worker.shared.addresses, client_key(client), clock());
+    let held = table.hold(key, limits.sessions, now).map_err(|error| match error {
+        TableError::Limit | TableError::Full => TurnedAway::AddressSessions,
+    })?;
+    let rate = u64::from(limits.new_sessions_per_second);
+    if rate > 0 {
+        const SECOND: u64 = 1_000_000_000;
+        if !table.spend(key, SECOND / rate, SECOND, now) {
+            return Err(TurnedAway::AddressRate);
+        }
+    }
+    Ok(held)
+}
