@@ -62,7 +62,7 @@ enum Command {
         #[arg(long)]
         host: String,
         /// The target's port.
-        #[arg(long)]
+        #[arg(long, value_parser = clap::value_parser!(u16).range(1..))]
         port: u16,
         /// A user and a password, as user:password; better set CULVERT_USER.
         #[arg(long, env = "CULVERT_USER", hide_env_values = true, value_parser = parse_user)]

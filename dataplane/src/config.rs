@@ -7,6 +7,7 @@ mod file;
 use std::{
     net::{IpAddr, SocketAddr},
     path::{Path, PathBuf},
+    sync::Arc,
     time::Duration,
 };
 
@@ -21,10 +22,17 @@ use ipnet::IpNet;
 
 pub use file::{File, Rotate};
 
-use crate::{settings::Settings, upstream::ResolverOptions};
+use crate::{
+    policy::NetSet,
+    settings::{ListenerRules, Settings},
+    upstream::ResolverOptions,
+};
 
 /// Prefix of environment variables that set a node's keys.
 pub const ENVIRONMENT: &str = "CULVERT";
+
+/// Variables that stand for flags of the command line, not for keys.
+const FLAG_VARIABLES: [&str; 2] = ["CULVERT_CONFIG", "CULVERT_USER"];
 
 /// A checked configuration.
 #[derive(Debug, Clone)]
@@ -68,6 +76,18 @@ pub struct ListenerConfig {
     pub login: Login,
     /// Clients it takes; `None` is all.
     pub allow: Option<Vec<IpNet>>,
+}
+
+impl ListenerConfig {
+    /// What it asks of its clients.
+    pub fn rules(&self) -> ListenerRules {
+        ListenerRules {
+            name: self.name.as_str().into(),
+            protocols: self.protocols.clone(),
+            login: self.login,
+            allow: self.allow.clone().map(NetSet::new),
+        }
+    }
 }
 
 /// Logs.
@@ -114,8 +134,10 @@ impl Config {
         environment: impl IntoIterator<Item = (String, String)>,
     ) -> Result<Self, Vec<Problem>> {
         let mut tree = Tree::parse(text, format)?;
-        // The control plane's variables begin with the same word.
-        let ours = environment.into_iter().filter(|(name, _)| !name.starts_with("CULVERT_CTL_"));
+        // The control plane's variables and those of our own flags begin with the same word.
+        let ours = environment.into_iter().filter(|(name, _)| {
+            !name.starts_with("CULVERT_CTL_") && !FLAG_VARIABLES.contains(&name.as_str())
+        });
         let mut problems = tree.overlay(ENVIRONMENT, ours);
         match tree.read::<File>() {
             Ok(file) => {
@@ -130,6 +152,21 @@ impl Config {
         }
         problems.sort();
         Err(problems)
+    }
+
+    /// Keys that differ in another configuration and are read at the start only.
+    pub fn restart_keys(&self, other: &Self) -> Vec<&'static str> {
+        let changed = [
+            ("node.name", self.name != other.name),
+            ("node.state_dir", self.state_dir != other.state_dir),
+            ("node.workers", self.workers != other.workers),
+            ("node.driver", self.driver != other.driver),
+            ("admin.bind", self.admin != other.admin),
+            ("dns", self.resolver != other.resolver),
+            ("timeouts.drain", self.drain != other.drain),
+            ("log", self.log != other.log),
+        ];
+        changed.into_iter().filter(|(_, changed)| *changed).map(|(key, _)| key).collect()
     }
 
     /// The configuration of `culvert server`: one listener, no file.
@@ -157,6 +194,7 @@ impl Config {
             login,
             allow,
         };
+        let listeners = vec![Arc::new(listener.rules())];
         Self {
             name: "culvert".to_owned(),
             state_dir: None,
@@ -165,7 +203,7 @@ impl Config {
             listeners: vec![listener],
             admin: None,
             resolver: file::Dns::default().options(),
-            settings: Settings::default(),
+            settings: Settings { listeners, ..Settings::default() },
             sessions: None,
             drain: Duration::from_secs(5),
             log: LogConfig {

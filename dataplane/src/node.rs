@@ -11,7 +11,7 @@ use std::{
     path::{Path, PathBuf},
     sync::{
         Arc, Mutex,
-        atomic::{AtomicBool, AtomicU64, Ordering::Relaxed},
+        atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering::Relaxed},
     },
     thread,
     time::{Duration, Instant},
@@ -19,20 +19,20 @@ use std::{
 
 use arc_swap::ArcSwap;
 use crossbeam::queue::ArrayQueue;
-use culvert_api::Problem;
-use culvert_proto::{Login, Protocol};
+use culvert_api::{Place, Problem};
 use culvert_rt::{
     Driver, ListenerOptions, Runtime, RuntimeOptions, Sender, bind_listener, mailbox,
+    probe_listener,
 };
 use tokio::sync::{mpsc, oneshot};
 
 pub use reload::Source;
 
 use crate::{
-    config::{Config, ListenerConfig},
+    config::Config,
     end::Cause,
     log::AccessLog,
-    policy::{LoginPool, NetSet, OwnAddresses, RememberKey, Snapshot, Table, Throttles, compile},
+    policy::{LoginPool, OwnAddresses, RememberKey, Snapshot, Table, Throttles, compile},
     session::LiveInfo,
     telemetry::WorkerCounters,
     upstream::Resolver,
@@ -48,19 +48,6 @@ const ALIVE: Duration = Duration::from_secs(1);
 /// Between the end of a drain and the end of the process, for resets to leave and records to be
 /// written.
 const LAST_WORDS: Duration = Duration::from_millis(300);
-
-/// What sessions need to know of their listener.
-#[derive(Debug, Clone)]
-pub struct ListenerRules {
-    /// Its name.
-    pub name: Arc<str>,
-    /// What it speaks.
-    pub protocols: Vec<Protocol>,
-    /// Which logins it takes.
-    pub login: Login,
-    /// Clients it takes.
-    pub allow: Option<Arc<NetSet>>,
-}
 
 /// A running node, as the admin interface and the signals see it.
 pub struct Node {
@@ -83,6 +70,12 @@ pub struct Node {
     /// Asks the node to drain.
     pub drain: mpsc::Sender<()>,
     own: OwnAddresses,
+    /// As it was at the start.
+    config: Config,
+    /// The addresses as configured, where port 0 is still 0.
+    binds: Vec<SocketAddr>,
+    /// Until when expiries have been acted on, in seconds since 1970.
+    judged: AtomicI64,
     ready: AtomicBool,
     drain_timeout: Duration,
     state_dir: Option<PathBuf>,
@@ -100,19 +93,12 @@ pub struct WorkerHandle {
     records: Arc<ArrayQueue<crate::session::Record>>,
 }
 
-impl WorkerHandle {
-    /// Records that wait to be written.
-    pub fn records_waiting(&self) -> usize {
-        self.records.len()
-    }
-}
-
 /// Runs a node until it has drained. `source` is where the configuration came from, to be read again.
 ///
 /// # Errors
 /// What keeps the node from starting, with the next step.
 pub fn run(config: Config, source: Source) -> anyhow::Result<()> {
-    let _logging = crate::log::start(&config.log)?;
+    let logging = crate::log::start(&config.log)?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(async {
         let (drain, drained) = mpsc::channel(1);
@@ -121,6 +107,8 @@ pub fn run(config: Config, source: Source) -> anyhow::Result<()> {
         node.announce();
         reload::serve(&node, source, drained).await
     })?;
+    // Writes what is left.
+    drop(logging);
     // The workers' runtimes must not be dropped with operations in flight; the process simply ends.
     std::process::exit(0);
 }
@@ -132,14 +120,13 @@ impl Node {
         let mut sockets: Vec<Vec<OwnedFd>> = (0..config.workers).map(|_| Vec::new()).collect();
         for listener in &config.listeners {
             let mut bind = listener.bind;
+            let failed = |error: std::io::Error| {
+                let hint = bind_hint(&error);
+                anyhow::anyhow!("listener {}: {}: {error}{hint}", listener.name, listener.bind)
+            };
+            probe_listener(bind).map_err(failed)?;
             for sockets in &mut sockets {
-                let fd = bind_listener(bind, ListenerOptions::default()).map_err(|error| {
-                    anyhow::anyhow!(
-                        "listener {}: {bind}: {error}{}",
-                        listener.name,
-                        bind_hint(&error)
-                    )
-                })?;
+                let fd = bind_listener(bind, ListenerOptions::default()).map_err(failed)?;
                 // Port 0 was chosen by the kernel for the first worker; the others share it.
                 bind = local_addr(&fd)?;
                 sockets.push(fd);
@@ -179,12 +166,15 @@ impl Node {
         let named = config.listeners.iter().map(|listener| listener.name.clone());
         Ok(Self {
             name: config.name.clone(),
+            config: config.clone(),
             access: AccessLog::start(&config.log, queues)?,
             listeners: named.zip(bound).collect(),
             rejected: AtomicU64::new(0),
             published: Mutex::new(Instant::now()),
             started: Instant::now(),
             own,
+            binds: config.listeners.iter().map(|listener| listener.bind).collect(),
+            judged: AtomicI64::new(worker::unix_now()),
             drain,
             ready: AtomicBool::new(true),
             drain_timeout: config.drain,
@@ -214,6 +204,9 @@ impl Node {
     /// # Errors
     /// All problems.
     pub fn publish(&self, config: &Config) -> Result<u64, Vec<Problem>> {
+        self.same_listeners(config).inspect_err(|_| {
+            self.rejected.fetch_add(1, Relaxed);
+        })?;
         let previous = self.shared.snapshot.load_full();
         let generation = previous.generation + 1;
         let compiled = compile(
@@ -226,20 +219,41 @@ impl Node {
         let snapshot = compiled.inspect_err(|_| {
             self.rejected.fetch_add(1, Relaxed);
         })?;
+        for key in self.config.restart_keys(config) {
+            tracing::warn!(key, "changed; takes effect at the next start");
+        }
         self.shared.places.set_max(sessions_max(config.sessions));
         self.shared.snapshot.store(Arc::new(snapshot));
         if let Ok(mut published) = self.published.lock() {
             *published = Instant::now();
         }
-        self.tell(|| Message::Judge);
+        self.judge();
         Ok(generation)
     }
 
-    /// When the next user of the present snapshot expires, in seconds since 1970.
+    /// A listener's address cannot change while the node runs; all else of it can.
+    fn same_listeners(&self, config: &Config) -> Result<(), Vec<Problem>> {
+        let binds: Vec<SocketAddr> =
+            config.listeners.iter().map(|listener| listener.bind).collect();
+        if binds == self.binds {
+            return Ok(());
+        }
+        let message = "addresses of listeners changed; restart the node for that";
+        Err(vec![Problem::new(Place::Nowhere, "listener", message)])
+    }
+
+    /// When the next user of the present snapshot expires whose sessions have not been judged for it,
+    /// in seconds since 1970.
     pub fn next_expiry(&self) -> Option<i64> {
-        let now = worker::unix_now();
+        let judged = self.judged.load(Relaxed);
         let snapshot = self.shared.snapshot.load();
-        snapshot.directory.users().filter_map(|user| user.expires).filter(|&at| at > now).min()
+        snapshot.directory.users().filter_map(|user| user.expires).filter(|&at| at > judged).min()
+    }
+
+    /// Has all sessions judged again.
+    pub fn judge(&self) {
+        self.judged.store(worker::unix_now(), Relaxed);
+        self.tell(|| Message::Judge);
     }
 
     /// Whether the node takes sessions.
@@ -318,12 +332,7 @@ impl Node {
         }
         self.keep_remembered();
         tracing::info!(cut, "drained");
-        let deadline = Instant::now() + LAST_WORDS;
-        while self.workers.iter().any(|worker| worker.records_waiting() > 0)
-            && Instant::now() < deadline
-        {
-            tokio::time::sleep(Duration::from_millis(5)).await;
-        }
+        self.access.end();
     }
 
     /// Keeps which passwords were found right, as keyed hashes, so that a restart hashes none again.
@@ -375,6 +384,19 @@ fn recall(snapshot: &Snapshot, state_dir: Option<&Path>) {
     }
 }
 
+/// Two nodes in one folder would take each other's sockets and files. The lock lasts as long as the
+/// process.
+fn lock(dir: &Path) -> anyhow::Result<()> {
+    let path = dir.join("lock");
+    let file = std::fs::File::create(&path)
+        .map_err(|error| anyhow::anyhow!("{}: {error}", path.display()))?;
+    file.try_lock().map_err(|_| {
+        anyhow::anyhow!("{}: another node runs in this folder; set node.state_dir", path.display())
+    })?;
+    std::mem::forget(file);
+    Ok(())
+}
+
 fn remember_key(state_dir: Option<&Path>) -> anyhow::Result<RememberKey> {
     let Some(dir) = state_dir else { return Ok(RememberKey::random()) };
     std::fs::create_dir_all(dir).map_err(|error| {
@@ -383,6 +405,7 @@ fn remember_key(state_dir: Option<&Path>) -> anyhow::Result<RememberKey> {
             dir.display()
         )
     })?;
+    lock(dir)?;
     let path = dir.join("credential.key");
     RememberKey::load(&path).map_err(|error| anyhow::anyhow!("{}: {error}", path.display()))
 }
@@ -415,17 +438,6 @@ fn bind_hint(error: &std::io::Error) -> &'static str {
     }
 }
 
-impl From<&ListenerConfig> for ListenerRules {
-    fn from(config: &ListenerConfig) -> Self {
-        Self {
-            name: config.name.as_str().into(),
-            protocols: config.protocols.clone(),
-            login: config.login,
-            allow: config.allow.clone().map(|nets| Arc::new(NetSet::new(nets))),
-        }
-    }
-}
-
 async fn start_worker(
     index: usize,
     config: &Config,
@@ -442,10 +454,7 @@ async fn start_worker(
         sender: sender.clone(),
         counters: counters.clone(),
         records: records.clone(),
-        listeners: sockets
-            .into_iter()
-            .zip(config.listeners.iter().map(ListenerRules::from))
-            .collect(),
+        listeners: sockets,
     };
     let cores = culvert_rt::available_cores();
     // Pinned when there is a core for each; otherwise the scheduler knows better.

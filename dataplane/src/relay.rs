@@ -17,7 +17,7 @@ use culvert_rt::{Watch, join};
 
 pub use allowance::Allowance;
 pub use leg::Leg;
-use pump::Pump;
+use pump::{Cut, Pump};
 
 use crate::{
     end::Cause,
@@ -65,26 +65,29 @@ pub async fn relay(
 ) -> Relayed {
     let first = Cell::new(None);
     let spliced = Cell::new(false);
-    let ends = Cell::new(0u8);
+    let ended = Cell::new(false);
     let pump = |from, to, direction| Pump { from, to, direction, context, spliced: &spliced };
+    let pass_on = until == Until::BothEnd;
     let up = async {
         let end = pump(client, upstream, Direction::Up).run().await;
-        finish(context, &first, &ends, end, until == Until::BothEnd, upstream);
+        finish(context, &first, &ended, end, pass_on, upstream);
         end
     };
     let down = async {
         let end = pump(upstream, client, Direction::Down).run().await;
-        finish(context, &first, &ends, end, until == Until::BothEnd, client);
+        finish(context, &first, &ended, end, pass_on, client);
         if until == Until::AnswerEnds {
             // The answer may come before the request is all said; its rest is not read.
             context.watch.interrupt(Cause::Finished.code());
         }
         end
     };
-    let (up, _) = join(up, down).await;
+    let (up, down) = join(up, down).await;
     context.watch.clear_interrupt();
+    // A target that answers and closes before it has read all of the request has answered.
+    let answered = until == Until::AnswerEnds && down.is_ok();
     Relayed {
-        cause: first.get().unwrap_or(Cause::Finished),
+        cause: if answered { Cause::Finished } else { first.get().unwrap_or(Cause::Finished) },
         up_ended: up.is_ok(),
         spliced: spliced.get(),
     }
@@ -94,25 +97,27 @@ pub async fn relay(
 fn finish(
     context: &Context<'_>,
     first: &Cell<Option<Cause>>,
-    ends: &Cell<u8>,
-    end: Result<(), Cause>,
+    ended: &Cell<bool>,
+    end: Result<(), Cut>,
     pass_on: bool,
     to: &Leg<'_>,
 ) {
     match end {
-        Ok(()) if pass_on => {
+        // After a failure this end is no orderly one, and is not passed on as if it were.
+        Ok(()) if pass_on && first.get().is_none() => {
             let _ = to.socket.shutdown_write();
-            ends.set(ends.get() + 1);
-            if ends.get() == 1 {
+            if !ended.replace(true) {
                 context.watch.silence(context.half_close, Cause::HalfCloseTimeout.code());
             }
         }
-        Ok(()) | Err(Cause::Finished) => {}
-        Err(cause) => {
-            if first.get().is_none() {
-                first.set(Some(cause));
+        Ok(()) | Err(Cut { cause: Cause::Finished, .. }) => {}
+        Err(cut) => {
+            first.set(first.get().or(Some(cut.cause)));
+            if cut.destination {
+                context.watch.silence(context.half_close, Cause::HalfCloseTimeout.code());
+            } else {
+                context.watch.interrupt(cut.cause.code());
             }
-            context.watch.interrupt(cause.code());
         }
     }
 }

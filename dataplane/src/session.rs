@@ -21,7 +21,7 @@ use std::{
     time::{Duration, Instant, SystemTime},
 };
 
-use culvert_proto::{Command, Handshake, Protocol, Request};
+use culvert_proto::{Command, Handshake, Outcome, Protocol, Request};
 use culvert_rt::{Accepted, Socket, Watch};
 
 pub use live::{Live, LiveInfo};
@@ -30,9 +30,9 @@ pub use record::Record;
 use crate::{
     end::{Cause, End, Stage},
     ledger::Meter,
-    node::ListenerRules,
     policy::{Admission, Held, Permit, User},
     relay::{Allowance, Context, Leg, Until, relay},
+    settings::ListenerRules,
     telemetry::protocol_index,
     upstream::Dialled,
     worker::Worker,
@@ -41,7 +41,7 @@ use crate::{
 /// Everything about one client connection.
 pub struct Session {
     worker: Rc<Worker>,
-    listener: Rc<ListenerRules>,
+    listener: Arc<ListenerRules>,
     client: Socket,
     peer: SocketAddr,
     watch: Watch,
@@ -55,6 +55,8 @@ pub struct Session {
     /// The node is full: say so, and no more.
     refused: bool,
     _place: Place,
+    /// The end was counted; a session that ends without was ended by a panic.
+    ended: Cell<bool>,
 }
 
 /// A session's place in the counts of the node and of its client's address.
@@ -87,10 +89,9 @@ struct Kept {
 /// Runs a session from accept to record.
 pub async fn run(
     worker: Rc<Worker>,
-    listener: Rc<ListenerRules>,
+    (index, listener): (usize, Arc<ListenerRules>),
     accepted: Accepted,
     place: Place,
-    refused: bool,
 ) {
     let Ok(client) = Socket::from_fd(accepted.fd) else { return };
     let watch = Watch::new();
@@ -101,7 +102,11 @@ pub async fn run(
     }
     let times =
         Times { accepted: Instant::now(), wall: SystemTime::now(), requested: Cell::new(None) };
-    let live = Live::enter(&worker, &listener, accepted.peer, &watch, times.accepted);
+    let live = Live::enter(&worker, (index, &listener), accepted.peer, &watch, times.accepted);
+    if worker.is_draining() {
+        // The drain came between accept and now.
+        watch.stop(Cause::Drained.code());
+    }
     let session = Session {
         meter: worker.ledger.open(),
         client,
@@ -112,8 +117,9 @@ pub async fn run(
         early: RefCell::default(),
         protocol: Cell::new(None),
         login: RefCell::default(),
-        refused,
+        refused: place.node.refusing,
         _place: place,
+        ended: Cell::new(false),
         listener,
         worker,
     };
@@ -160,16 +166,26 @@ impl Session {
             Err(end) => {
                 let told = self.tell(&mut *handshake, end.cause.outcome()).await;
                 record.finish(self, end);
-                return match told {
-                    Ok(()) if handshake.resume() && !self.worker.is_draining() => {
-                        self.await_next(&end);
-                        Ok(handshake)
-                    }
-                    _ => Err(end),
-                };
+                self.live.exchanged();
+                if told.is_ok() && !self.worker.is_draining() && handshake.resume() {
+                    self.await_next();
+                    return Ok(handshake);
+                }
+                if told.is_ok() {
+                    self.linger().await;
+                }
+                return Err(end);
             }
         };
         self.live.connected(&permit, dialled.address);
+        // A snapshot that came while dialling has not judged this session.
+        let snapshot = self.worker.snapshot();
+        if permit.generation() != snapshot.generation && !self.live.is_allowed(&snapshot) {
+            let end = End::new(Stage::Policy, Cause::Revoked);
+            let _ = self.tell(&mut *handshake, Outcome::Forbidden).await;
+            record.finish(self, end);
+            return Err(end);
+        }
         match &request.command {
             Command::Forward(forward) => {
                 let exchanged = self.exchange(&mut *handshake, forward, &permit, &dialled).await;
@@ -177,10 +193,13 @@ impl Session {
                 record.finish(self, exchanged.end);
                 self.live.exchanged();
                 if !exchanged.client_stays || self.worker.is_draining() {
+                    if exchanged.unread {
+                        self.linger().await;
+                    }
                     return Err(exchanged.end);
                 }
                 *kept = exchanged.upstream_stays.then_some(Kept { dialled, permit });
-                self.await_next(&exchanged.end);
+                self.await_next();
                 Ok(handshake)
             }
             _ => {
@@ -196,7 +215,7 @@ impl Session {
         let Ok(bound) = dialled.socket.local_addr() else {
             return End::new(Stage::Dial, Cause::UpstreamReset);
         };
-        let outcome = culvert_proto::Outcome::Connected { bound };
+        let outcome = Outcome::Connected { bound };
         if let Err(end) = self.tell(&mut *handshake, outcome).await {
             return end;
         }
@@ -232,7 +251,8 @@ impl Session {
     }
 
     /// Between two requests of a connection: the idle deadline holds, then the handshake's.
-    fn await_next(&self, _: &End) {
+    fn await_next(&self) {
+        self.live.rests();
         let timeouts = self.worker.snapshot().settings.timeouts;
         self.watch.silence_over();
         self.watch.stage(timeouts.idle, Cause::IdleTimeout.code());
@@ -249,16 +269,34 @@ impl Session {
 
     /// Every session leaves a record, also one that never got to a request.
     fn record_nothing(&self, end: End) -> End {
+        // A client that leaves after its login was refused was refused.
+        let end = match end.cause {
+            Cause::ClientClosed | Cause::ClientReset => self.login_end().unwrap_or(end),
+            _ => end,
+        };
         Record::nothing(self).finish(self, end);
         end
     }
 
     fn close(self, end: End) {
+        self.ended.set(true);
         let counters = &self.worker.counters;
         counters.sessions[protocol_index(self.protocol.get())][end.cause as usize].add(1);
         counters.session_duration.record(self.times.accepted.elapsed());
         // What was cut must not look finished. Before the relay there is nothing to be cut.
         if end.cause.cuts() && end.stage == Stage::Relay {
+            self.client.reset_on_close();
+        }
+    }
+}
+
+impl Drop for Session {
+    fn drop(&mut self) {
+        if !self.ended.get() && std::thread::panicking() {
+            let end = End::new(Stage::Relay, Cause::Panicked);
+            self.worker.counters.sessions[protocol_index(self.protocol.get())][end.cause as usize]
+                .add(1);
+            Record::nothing(self).finish(self, end);
             self.client.reset_on_close();
         }
     }

@@ -1,8 +1,11 @@
 //! Values that hold for every session and may change while the node runs.
 
-use std::time::Duration;
+use std::{net::IpAddr, sync::Arc, time::Duration};
 
 use culvert_api::Throttle;
+use culvert_proto::{Login, Protocol};
+
+use crate::policy::NetSet;
 
 /// Deadlines and limits, as configured and checked.
 #[derive(Debug, Clone)]
@@ -15,6 +18,28 @@ pub struct Settings {
     pub failures: crate::policy::ThrottleLimits,
     /// Which addresses of a name are tried first.
     pub prefer: Prefer,
+    /// What each listener asks of its clients, in the order of the listeners.
+    pub listeners: Vec<Arc<ListenerRules>>,
+}
+
+/// What a listener asks of its clients.
+#[derive(Debug)]
+pub struct ListenerRules {
+    /// Its name.
+    pub name: Arc<str>,
+    /// What it speaks.
+    pub protocols: Vec<Protocol>,
+    /// Which logins it takes.
+    pub login: Login,
+    /// Clients it takes; `None` is all.
+    pub allow: Option<NetSet>,
+}
+
+impl ListenerRules {
+    /// Whether the listener takes a client.
+    pub fn admits(&self, client: IpAddr) -> bool {
+        self.allow.as_ref().is_none_or(|allow| allow.contains(client))
+    }
 }
 
 /// Deadlines of a session.
@@ -71,6 +96,7 @@ impl Default for Settings {
                 user: per_two_minutes(100),
             },
             prefer: Prefer::Race,
+            listeners: Vec::new(),
         }
     }
 }

@@ -29,7 +29,6 @@ pub use place::{NodePlace, NodePlaces};
 use crate::{
     end::Cause,
     ledger::Ledger,
-    node::ListenerRules,
     policy::{LoginPool, Snapshot, Table, Throttles},
     session::{Live, LiveInfo, Record},
     telemetry::WorkerCounters,
@@ -61,12 +60,15 @@ pub struct Shared {
     pub draining: AtomicBool,
 }
 
+/// Tells logins apart: a keyed hash of the user, its credential and the password offered.
+pub type LoginKey = [u8; 32];
+
 /// What others tell a worker.
 pub enum Message {
     /// A password was verified.
     LoggedIn {
         /// Which login.
-        ticket: u64,
+        key: LoginKey,
         /// Whether it was right.
         right: bool,
     },
@@ -106,7 +108,7 @@ pub struct Parts {
     /// Its records.
     pub records: Arc<ArrayQueue<Record>>,
     /// Its listening sockets.
-    pub listeners: Vec<(OwnedFd, ListenerRules)>,
+    pub listeners: Vec<OwnedFd>,
 }
 
 /// A running worker.
@@ -126,7 +128,7 @@ pub struct Worker {
     snapshot: RefCell<arc_swap::Cache<SharedSnapshot, Arc<Snapshot>>>,
     records: Arc<ArrayQueue<Record>>,
     sessions: RefCell<HashMap<u64, std::rc::Weak<Live>, ahash::RandomState>>,
-    logins: RefCell<HashMap<u64, Rc<Signal<bool>>, ahash::RandomState>>,
+    logins: RefCell<HashMap<LoginKey, Rc<Signal<bool>>, ahash::RandomState>>,
     last_id: Cell<u64>,
     draining: Rc<Signal<()>>,
     /// Whether sessions are being judged again, and whether that must begin anew.
@@ -175,10 +177,11 @@ pub async fn run(parts: Parts, ready: impl FnOnce()) -> std::io::Result<()> {
         counters,
         shared,
     });
+    worker.counters.generation.add(worker.snapshot().generation);
     spawn(Wheel::run());
-    for (fd, rules) in listeners {
+    for (index, fd) in listeners.into_iter().enumerate() {
         let listener = culvert_rt::Listener::from_fd(fd)?;
-        spawn(accept::run(worker.clone(), listener, Rc::new(rules)));
+        spawn(accept::run(worker.clone(), listener, index));
     }
     ready();
     loop {
@@ -224,22 +227,27 @@ impl Worker {
         }
     }
 
+    /// The verification of a login that is under way, if one is.
+    pub fn login_under_way(&self, key: &LoginKey) -> Option<Rc<Signal<bool>>> {
+        self.logins.borrow().get(key).cloned()
+    }
+
     /// Registers a login whose answer is to come.
-    pub fn expect_login(&self, answer: Rc<Signal<bool>>) -> u64 {
-        let ticket = self.next_session_id();
-        self.logins.borrow_mut().insert(ticket, answer);
-        ticket
+    pub fn expect_login(&self, key: LoginKey) -> Rc<Signal<bool>> {
+        let answer = Rc::new(Signal::default());
+        self.logins.borrow_mut().insert(key, answer.clone());
+        answer
     }
 
     /// Waits no more for a login.
-    pub fn forget_login(&self, ticket: u64) {
-        self.logins.borrow_mut().remove(&ticket);
+    pub fn forget_login(&self, key: &LoginKey) {
+        self.logins.borrow_mut().remove(key);
     }
 
     fn handle(self: &Rc<Self>, message: Message) {
         match message {
-            Message::LoggedIn { ticket, right } => {
-                if let Some(answer) = self.logins.borrow_mut().remove(&ticket) {
+            Message::LoggedIn { key, right } => {
+                if let Some(answer) = self.logins.borrow_mut().remove(&key) {
                     answer.set(right);
                 }
             }

@@ -84,6 +84,11 @@ impl Tree {
             };
             let path = rest.to_ascii_lowercase();
             match path.split_once('_') {
+                Some((section, _)) if self.is_list(section) => problems.push(Problem::new(
+                    Place::Variable(name),
+                    "",
+                    "lists are set in the file only",
+                )),
                 Some((section, key)) if !section.is_empty() && !key.is_empty() => {
                     self.set(&[section, key], text, Place::Variable(name));
                 }
@@ -95,6 +100,11 @@ impl Tree {
             }
         }
         problems
+    }
+
+    fn is_list(&self, section: &str) -> bool {
+        let entry = self.root.entry(section);
+        entry.is_some_and(|entry| matches!(entry.node.value, Value::List(_)))
     }
 
     /// Sets one value, as a flag or a variable does.

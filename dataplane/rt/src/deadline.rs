@@ -163,10 +163,27 @@ impl Watch {
         self.shared.stopped.get()
     }
 
+    /// Why the session's waits end now, if they do.
+    pub fn halted(&self) -> Option<Stopped> {
+        self.shared.stopped.get().or(self.shared.interrupted.get())
+    }
+
     /// Waits for `future`, or until the session is stopped; then `future` is dropped, so it must hold
     /// no data.
     pub fn guard<F: Future>(&self, future: F) -> Guarded<'_, F> {
         Guarded { watch: self, future }
+    }
+
+    /// Whether the session is stopped or interrupted; if not, the task will be woken when it is.
+    pub(crate) fn is_halted(&self, cx: &mut Context<'_>) -> bool {
+        let halted = self.halted().is_some();
+        if !halted {
+            let mut waker = self.shared.waker.borrow_mut();
+            if !waker.as_ref().is_some_and(|known| known.will_wake(cx.waker())) {
+                *waker = Some(cx.waker().clone());
+            }
+        }
+        halted
     }
 
     fn arm(&self) {
@@ -253,17 +270,13 @@ impl<F: Future> Future for Guarded<'_, F> {
 
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         let this = self.project();
-        let shared = &this.watch.shared;
-        if let Some(stopped) = shared.stopped.get().or(shared.interrupted.get()) {
+        if let Some(stopped) = this.watch.halted() {
             return Poll::Ready(Err(stopped));
         }
         if let Poll::Ready(output) = this.future.poll(cx) {
             return Poll::Ready(Ok(output));
         }
-        let mut waker = this.watch.shared.waker.borrow_mut();
-        if !waker.as_ref().is_some_and(|known| known.will_wake(cx.waker())) {
-            *waker = Some(cx.waker().clone());
-        }
+        this.watch.is_halted(cx);
         Poll::Pending
     }
 }

@@ -4,11 +4,11 @@
 //! the rules that make monoio 0.2.4 safe for a proxy:
 //!
 //! * nothing that holds data is ever dropped while the kernel works on it: a task waits with
-//!   [`Socket::readable`] or [`Socket::writable`], which hold none, and then does an operation that
-//!   completes at once, because every socket is non-blocking;
+//!   [`Socket::readable`] or [`Socket::writable`], which hold none; only a send holds a buffer, and is
+//!   ended by shutting its socket down ([`Socket::send`]);
 //! * a session is ended from outside by its [`Watch`], which wakes it; it then closes its own sockets;
 //! * a panic in a task ends that task only ([`spawn`]);
-//! * no operation count can overflow a submission queue ([`Runtime`]).
+//! * a full submission queue is flushed, a busy ring waited for ([`Runtime`]; tested).
 //!
 //! It never parses a protocol and knows nothing of users or policy.
 
@@ -33,12 +33,10 @@ pub use connect::{ConnectOptions, connect};
 pub use deadline::{Guarded, Stopped, Ticks, Watch, Wheel, now};
 pub use interfaces::local_addresses;
 pub use join::join;
-pub use listener::{Accepted, Listener, ListenerOptions, bind_listener};
+pub use listener::{Accepted, Listener, ListenerOptions, bind_listener, probe_listener};
 pub use mailbox::{Full, Inbox, Mailbox, Sender, mailbox};
 pub use pipe::{PIPE_BYTES, PIPES_MAX, Pipe, set_pipes_max};
-pub use process::{
-    descriptor_limit, lower_priority, peak_descriptors, raise_descriptor_limit, thread_name,
-};
+pub use process::{descriptor_limit, lower_priority, raise_descriptor_limit, thread_name};
 pub use runtime::{Driver, DriverChoice, Runtime, RuntimeError, RuntimeOptions, cq_overflow};
 pub use signal::Signal;
 pub use socket::{Socket, TcpInfo};

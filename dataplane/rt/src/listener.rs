@@ -24,6 +24,19 @@ pub struct ListenerOptions {
     pub only_v6: bool,
 }
 
+/// Whether another program listens on an address, which SO_REUSEPORT would hide: two would share the
+/// clients between them.
+///
+/// # Errors
+/// What a plain bind says, above all that the address is in use.
+pub fn probe_listener(address: SocketAddr) -> io::Result<()> {
+    let kind = Type::STREAM.cloexec();
+    let socket = socket2::Socket::new(Domain::for_address(address), kind, Some(Protocol::TCP))?;
+    // Connections that linger from before do not count.
+    socket.set_reuse_address(true)?;
+    socket.bind(&SockAddr::from(address))
+}
+
 /// Binds one listening socket with SO_REUSEPORT and SO_REUSEADDR. TCP_NODELAY is set here: accepted
 /// sockets inherit it, so it holds from the first byte.
 pub fn bind_listener(address: SocketAddr, options: ListenerOptions) -> io::Result<OwnedFd> {

@@ -27,11 +27,6 @@ fn limits() -> io::Result<libc::rlimit> {
     }
 }
 
-/// Open descriptors of this process, counted in `/proc/self/fd`.
-pub fn peak_descriptors() -> usize {
-    std::fs::read_dir("/proc/self/fd").map_or(0, |entries| entries.count().saturating_sub(1))
-}
-
 /// Names the calling thread (15 bytes at most, as the kernel keeps).
 pub fn thread_name(name: &str) {
     let mut bytes = [0u8; 16];

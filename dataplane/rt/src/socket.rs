@@ -1,21 +1,24 @@
 //! A non-blocking stream socket of a worker.
 //!
 //! Waiting ([`Socket::readable`], [`Socket::writable`]) holds no data and may be dropped at any time.
-//! Every other operation completes at once: the socket is non-blocking, and the kernel fails a ring
-//! operation on a non-blocking file with EAGAIN instead of parking it (`REQ_F_NOWAIT`).
+//! Receives complete at once. A send through the ring holds its buffer until the kernel has room (the
+//! ring waits by itself, also on a non-blocking socket), so it is never dropped: a session that is
+//! ended meanwhile shuts the socket down, which completes the send.
 
 use std::{
     cell::UnsafeCell,
+    future::{Future, poll_fn},
     io,
     mem::ManuallyDrop,
     net::{Shutdown, SocketAddr},
     os::fd::{AsRawFd, FromRawFd, IntoRawFd, OwnedFd, RawFd},
+    pin::pin,
     time::Duration,
 };
 
 use monoio::io::AsyncWriteRent;
 
-use crate::{Buffer, runtime::on_ring};
+use crate::{Buffer, Watch, runtime::on_ring};
 
 /// A connected stream socket, or any other descriptor whose readiness is awaited.
 pub struct Socket {
@@ -98,17 +101,27 @@ impl Socket {
         }
     }
 
-    /// Sends as much as the kernel takes now, through the ring, so that the sends of many sessions
-    /// share one system call; `WouldBlock` when it takes none. Completes at once, and must not be
-    /// dropped before: the result says how many bytes left.
-    pub async fn send(&self, buffer: Buffer) -> (io::Result<usize>, Buffer) {
+    /// Sends through the ring, so that the sends of many sessions share one system call; waits until
+    /// the kernel takes some bytes. Without a ring it does not wait: `WouldBlock` when it takes none.
+    /// Must not be dropped: the result says how many bytes left. When `watch` is stopped or
+    /// interrupted, the socket is shut down, and the send completes.
+    pub async fn send(&self, buffer: Buffer, watch: &Watch) -> (io::Result<usize>, Buffer) {
         if !on_ring() {
             return (self.send_now(buffer.filled()), buffer);
         }
         // SAFETY: the reference lives for this call only, which copies the descriptor into the
         // operation; the future it returns does not touch the stream.
         let stream = unsafe { &mut **self.stream.get() };
-        stream.write(buffer).await
+        let mut send = pin!(stream.write(buffer));
+        let mut shut = false;
+        poll_fn(|cx| {
+            let sent = send.as_mut().poll(cx);
+            if sent.is_pending() && watch.is_halted(cx) && !std::mem::replace(&mut shut, true) {
+                let _ = self.borrow(|socket| socket.shutdown(Shutdown::Both));
+            }
+            sent
+        })
+        .await
     }
 
     /// Ends our side of the stream (FIN).

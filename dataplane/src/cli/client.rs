@@ -111,10 +111,18 @@ impl Proxy {
             .with_context(|| format!("the proxy at {}", self.address))?;
         stream.set_nodelay(true)?;
         stream.set_read_timeout(Some(TIMEOUT))?;
-        match self.protocol {
-            Protocol::Http => self.http(&mut stream)?,
-            _ => self.socks5(&mut stream)?,
-        }
+        let greeted = match self.protocol {
+            Protocol::Http => self.http(&mut stream),
+            _ => self.socks5(&mut stream),
+        };
+        greeted.map_err(|error| match error.downcast_ref::<std::io::Error>() {
+            Some(_) => error.context(format!(
+                "{} hung up in the handshake; does it speak {}?",
+                self.address,
+                self.protocol.name()
+            )),
+            None => error,
+        })?;
         stream.set_read_timeout(None)?;
         Ok(stream)
     }
@@ -173,6 +181,9 @@ impl Proxy {
         let status = head.lines().next().unwrap_or_default();
         match status.split(' ').nth(1) {
             Some(code) if code.starts_with('2') => Ok(()),
+            Some("407") if self.user.is_none() => {
+                bail!("the proxy wants a user; give --user or CULVERT_USER")
+            }
             Some("407") => bail!("the proxy rejected the user name or the password"),
             _ => bail!("the proxy answered: {status}"),
         }

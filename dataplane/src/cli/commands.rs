@@ -1,7 +1,7 @@
 //! The commands that need no more than a screen.
 
 use std::{
-    io::{Read, Write},
+    io::{IsTerminal, Read, Write},
     net::SocketAddr,
     os::unix::net::UnixStream,
     path::Path,
@@ -80,11 +80,17 @@ pub(super) fn server(
 }
 
 pub(super) fn hash_password() -> anyhow::Result<()> {
-    let mut password = Vec::new();
-    std::io::stdin().read_to_end(&mut password)?;
-    // A line from a terminal or `echo` ends with a newline that is no part of it.
-    if password.last() == Some(&b'\n') {
-        password.pop();
+    let password = if std::io::stdin().is_terminal() {
+        rpassword::prompt_password("Password: ")?.into_bytes()
+    } else {
+        let mut password = Vec::new();
+        std::io::stdin().read_to_end(&mut password)?;
+        // A line from `echo` or a file ends with a line break that is no part of it.
+        let line = password.strip_suffix(b"\n").unwrap_or(&password);
+        line.strip_suffix(b"\r").unwrap_or(line).to_vec()
+    };
+    if password.contains(&b'\n') {
+        bail!("a password is one line; standard input has several");
     }
     println!("{}", policy::hash_password(&password)?);
     Ok(())

@@ -3,6 +3,7 @@
 use std::{
     collections::HashSet,
     path::{Path, PathBuf},
+    sync::Arc,
 };
 
 use culvert_api::{Place, Problem, config::Tree};
@@ -25,7 +26,7 @@ pub(super) fn build(file: File, tree: &Tree) -> (Option<Config>, Vec<Problem>) {
     let mut builder = Builder { tree, problems: Vec::new() };
     builder.sections(&file);
     let listeners = builder.listeners(&file);
-    let settings = settings(&file);
+    let settings = settings(&file, &listeners);
     // The policy is compiled once here, so that `check` says what a start would say.
     if let Err(problems) = compile(&file.policy, settings.clone(), OwnAddresses::default(), 0, None)
     {
@@ -67,7 +68,7 @@ fn place(state_dir: &Path, path: PathBuf, none: &str) -> Option<PathBuf> {
     (path != Path::new(none)).then(|| state_dir.join(path))
 }
 
-fn settings(file: &File) -> Settings {
+fn settings(file: &File, listeners: &[ListenerConfig]) -> Settings {
     let timeouts = &file.timeouts;
     Settings {
         timeouts: Timeouts {
@@ -86,6 +87,7 @@ fn settings(file: &File) -> Settings {
             user: file.auth.failures_per_user,
         },
         prefer: file.dns.prefer,
+        listeners: listeners.iter().map(|listener| Arc::new(listener.rules())).collect(),
     }
 }
 
@@ -134,9 +136,20 @@ impl Builder<'_> {
                 self.problem(format!("dns.servers[{i}]"), message);
             }
         }
-        if let Err(error) = tracing_subscriber::EnvFilter::try_new(&file.log.level) {
-            let message = format!("{error}; use error, warn, info, debug or trace");
+        // A filter takes any word for the name of a module, and would then be silent.
+        let known = file.log.level.split(',').all(|part| {
+            let level = part.rsplit('=').next().unwrap_or_default();
+            level.parse::<tracing::Level>().is_ok()
+        });
+        if !known || tracing_subscriber::EnvFilter::try_new(&file.log.level).is_err() {
+            let message = format!("`{}` is not error, warn, info, debug or trace", file.log.level);
             self.problem("log.level", message);
+        }
+        // The admin interface listens beside the others.
+        if let Some(admin) = file.admin.bind.0.filter(|admin| admin.port() != 0)
+            && file.listener.iter().any(|listener| listener.bind == admin)
+        {
+            self.problem("admin.bind", format!("{admin} is a listener's address too"));
         }
     }
 
@@ -264,6 +277,54 @@ mod tests {
         for (problem, start) in problems.iter().zip(starts) {
             assert!(problem.starts_with(start), "{problem} should start with {start}");
         }
+    }
+
+    const EXAMPLE: &str = include_str!("../../culvert.example.toml");
+
+    #[test]
+    fn the_example_is_right_and_names_every_key() {
+        assert_eq!(problems(EXAMPLE), [""; 0]);
+        let read: File =
+            culvert_api::config::Tree::parse(EXAMPLE, Format::Toml).unwrap().read().unwrap();
+        let tree = serde_json::to_value(&read).unwrap();
+        let mut missing = Vec::new();
+        missing_keys(&tree, &mut missing);
+        assert_eq!(missing, [""; 0], "keys the example does not explain");
+    }
+
+    /// Keys that the example does not set: they read as null, or are not in the text.
+    fn missing_keys(value: &serde_json::Value, missing: &mut Vec<String>) {
+        match value {
+            serde_json::Value::Object(map) => {
+                for (key, value) in map {
+                    let set = EXAMPLE.lines().any(|line| {
+                        let line = line.trim_start();
+                        line.starts_with(&format!("{key} ="))
+                            || line.starts_with('[') && line.contains(key.as_str())
+                    });
+                    if !set {
+                        missing.push(key.clone());
+                    }
+                    missing_keys(value, missing);
+                }
+            }
+            serde_json::Value::Array(values) => {
+                values.iter().for_each(|value| missing_keys(value, missing))
+            }
+            _ => {}
+        }
+    }
+
+    #[test]
+    fn the_example_shows_the_defaults() {
+        let read: File =
+            culvert_api::config::Tree::parse(EXAMPLE, Format::Toml).unwrap().read().unwrap();
+        let default = File {
+            listener: read.listener.clone(),
+            policy: read.policy.clone(),
+            ..File::default()
+        };
+        assert_eq!(read, default);
     }
 
     #[test]

@@ -3,7 +3,7 @@
 use std::{
     io::{BufWriter, Write},
     sync::{
-        Arc,
+        Arc, Mutex,
         atomic::{AtomicBool, AtomicU64, Ordering::Relaxed},
     },
     thread::{self, JoinHandle},
@@ -19,7 +19,7 @@ const PAUSE: Duration = Duration::from_millis(50);
 
 /// The writer of access records.
 pub struct AccessLog {
-    thread: Option<JoinHandle<()>>,
+    thread: Mutex<Option<JoinHandle<()>>>,
     shared: Arc<Shared>,
 }
 
@@ -52,7 +52,7 @@ impl AccessLog {
                 Some(file) => writer.run(BufWriter::with_capacity(64 * 1024, file)),
                 None => writer.run(std::io::sink()),
             })?;
-        Ok(Self { thread: Some(thread), shared })
+        Ok(Self { thread: Mutex::new(Some(thread)), shared })
     }
 
     /// Records written.
@@ -66,9 +66,10 @@ impl AccessLog {
     }
 
     /// Writes what is queued and ends.
-    pub fn end(mut self) {
+    pub fn end(&self) {
         self.shared.ending.store(true, Relaxed);
-        if let Some(thread) = self.thread.take() {
+        let thread = self.thread.lock().ok().and_then(|mut thread| thread.take());
+        if let Some(thread) = thread {
             thread.thread().unpark();
             let _ = thread.join();
         }

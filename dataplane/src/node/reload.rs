@@ -16,7 +16,7 @@ use tokio::{
 };
 
 use super::Node;
-use crate::{config::Config, worker::Message};
+use crate::config::Config;
 
 /// A changed file is read when nothing has happened to it for so long.
 const QUIET: Duration = Duration::from_millis(200);
@@ -57,7 +57,7 @@ pub(super) async fn serve(
                 while changes.try_recv().is_ok() {}
                 reload(node, &source).await;
             }
-            () = expiry(node) => node.tell(|| Message::Judge),
+            () = expiry(node) => node.judge(),
         }
     }
     node.drain().await;
@@ -80,18 +80,21 @@ async fn reload(node: &Arc<Node>, source: &Source) {
     let usec = sd_notify::NotifyState::monotonic_usec_now();
     let _ = usec.map(|usec| sd_notify::notify(&[sd_notify::NotifyState::Reloading, usec]));
     let (path, publisher) = (path.clone(), node.clone());
-    let published = tokio::task::spawn_blocking(move || {
-        let config = Config::load(&path, std::env::vars())?;
-        publisher.publish(&config)
-    })
-    .await;
+    let published =
+        tokio::task::spawn_blocking(move || match Config::load(&path, std::env::vars()) {
+            Ok(config) => publisher.publish(&config),
+            Err(problems) => {
+                publisher.rejected.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+                Err(problems)
+            }
+        })
+        .await;
     match published {
         Ok(Ok(generation)) => {
             let users = node.shared.snapshot.load().directory.len();
             tracing::info!(generation, users, "configuration published");
         }
         Ok(Err(problems)) => {
-            node.rejected.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
             for problem in &problems {
                 tracing::error!(%problem, "configuration refused");
             }

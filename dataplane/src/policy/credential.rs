@@ -70,6 +70,18 @@ impl RememberKey {
     }
 }
 
+impl RememberKey {
+    /// A keyed hash of a login: user name, password hash and the password offered.
+    pub(super) fn login(&self, name: &[u8], hash: &str, password: &Secret) -> [u8; 32] {
+        let mut hasher = blake3::Hasher::new_keyed(&self.0);
+        for part in [name, hash.as_bytes(), password.expose()] {
+            hasher.update(&(part.len() as u64).to_le_bytes());
+            hasher.update(part);
+        }
+        *hasher.finalize().as_bytes()
+    }
+}
+
 impl Credential {
     /// Checks the form of a hash and its cost.
     ///

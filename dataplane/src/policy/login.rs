@@ -10,7 +10,7 @@ use crossbeam::channel::{Sender, TrySendError, bounded};
 use culvert_api::Throttle;
 use culvert_proto::Secret;
 
-use super::{Credential, RememberKey, Table, client_key, credential};
+use super::{Credential, RememberKey, Table, User, client_key, credential};
 
 /// Logins that may wait for the pool; one more is refused (and counted as `busy`).
 pub(super) const LOGINS_WAITING_MAX: usize = 1024;
@@ -67,6 +67,11 @@ impl LoginPool {
         credential.remembers(&self.key, password)
     }
 
+    /// Tells one login from another: by user, credential and password, under the pool's key.
+    pub fn login_key(&self, name: &[u8], user: Option<&User>, password: &Secret) -> [u8; 32] {
+        self.key.login(name, user.map_or("", |user| user.credential.hash()), password)
+    }
+
     /// Asks for a password to be verified; an unknown user (`None`) costs as much as a known one.
     ///
     /// # Errors
@@ -110,8 +115,8 @@ impl Job {
 pub struct Throttles {
     addresses: Table,
     users: Table,
-    /// Logged once, when throttling begins to happen at all.
-    pub seen: AtomicBool,
+    /// Whether it was said that logins are throttled.
+    seen: AtomicBool,
 }
 
 impl Default for Throttles {
@@ -143,15 +148,24 @@ impl Throttles {
     ) -> Result<(), LoginError> {
         let address = client_key(client);
         if !spend(&self.addresses, limits.address, address, now) {
-            self.seen.store(true, Relaxed);
+            self.warn();
             return Err(LoginError::Throttled);
         }
         if !spend(&self.users, limits.user, user, now) {
             refund(&self.addresses, limits.address, address);
-            self.seen.store(true, Relaxed);
+            self.warn();
             return Err(LoginError::Throttled);
         }
         Ok(())
+    }
+
+    fn warn(&self) {
+        if !self.seen.swap(true, Relaxed) {
+            tracing::warn!(
+                "logins are refused unchecked after too many failures (auth.failures_per_address, \
+                 auth.failures_per_user); see culvert_auth_total{{result=\"throttled\"}}"
+            );
+        }
     }
 
     /// Takes a try back: it succeeded, or was not checked.

@@ -177,7 +177,8 @@ impl Table {
                 && self.entries[other].word.load(Acquire) >> COUNT_BITS == fingerprint(hash)
         });
         if twice {
-            // Someone may hold ours already; then both stay, which only makes the limit stricter.
+            // Someone may hold ours already; then both stay until they are free, and for that moment
+            // the key has two counts.
             return self.entries[entry].word.compare_exchange(claimed, 0, AcqRel, Acquire).is_err();
         }
         true

@@ -166,7 +166,11 @@ fn check_pattern(pattern: &str) -> Result<(), String> {
         Err(regex::Error::CompiledTooBig(_)) => {
             Err("the expression is too large; use fewer or smaller repetitions".to_owned())
         }
-        Err(error) => Err(error.to_string().lines().last().unwrap_or_default().to_owned()),
+        Err(error) => {
+            let text = error.to_string();
+            let last = text.lines().last().unwrap_or_default();
+            Err(last.strip_prefix("error: ").unwrap_or(last).to_owned())
+        }
     }
 }
 

@@ -1,19 +1,41 @@
 //! One direction of a relay.
 
-use std::{cell::Cell, io};
+use std::{cell::Cell, io, time::Duration};
 
 use culvert_proto::Payload;
-use culvert_rt::{BUFFER_SMALL, Buffer, PIPE_BYTES, Pipe, Socket, take_turns};
+use culvert_rt::{
+    BUFFER_LARGE, BUFFER_SMALL, Buffer, PIPE_BYTES, Pipe, Stopped, sleep, take_turns,
+};
 
 use super::{Context, Leg};
 use crate::{end::Cause, ledger::Direction};
 
+/// Why a direction was cut.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Cut {
+    pub(super) cause: Cause,
+    /// The destination failed. What it had said before can still be read, so the other direction goes
+    /// on until it sees the end by itself.
+    pub(super) destination: bool,
+}
+
+impl Cut {
+    fn stopped(stopped: Stopped) -> Self {
+        Self { cause: Cause::of_code(stopped.0), destination: false }
+    }
+}
+
 /// Full large buffers in a row after which a flow is moved to splice.
 const FULL_BEFORE_SPLICE: u8 = 4;
 /// Less than this from one splice is lean.
-const SPLICE_LEAN: usize = 64 * 1024;
-/// Lean splices in a row after which a flow goes back to copying.
-const LEAN_BEFORE_COPY: u8 = 2;
+const SPLICE_LEAN: usize = 512 * 1024;
+/// After a lean splice the flow rests so long, in which a fast sender fills the socket again; a slow one
+/// is late by no more than that.
+const SPLICE_REST: Duration = Duration::from_millis(1);
+/// A splice that moves less, after a rest, says that the flow is slow.
+const SPLICE_SLOW: usize = 32 * 1024;
+/// Slow splices in a row after which a flow goes back to copying.
+const SLOW_BEFORE_COPY: u8 = 4;
 
 pub(super) struct Pump<'a> {
     pub(super) from: &'a Leg<'a>,
@@ -30,7 +52,7 @@ enum Way {
     Small,
     /// Through a large buffer; so many in a row were full.
     Large(u8),
-    /// By splice; so many in a row were lean.
+    /// By splice; 0 after a good one, else one more than the slow ones in a row.
     Splice(u8),
 }
 
@@ -46,14 +68,14 @@ impl Pump<'_> {
     ///
     /// # Errors
     /// Why it was cut.
-    pub(super) async fn run(&self) -> Result<(), Cause> {
+    pub(super) async fn run(&self) -> Result<(), Cut> {
         self.send_own(&self.from.take_lead()).await?;
         if self.early().await? == Flow::Ended || self.is_over() {
             return Ok(());
         }
         let mut way = Way::Small;
         loop {
-            self.wait(self.from.socket.readable()).await?.map_err(|e| self.from_failed(&e))?;
+            self.ready(way).await?;
             let flow = match way {
                 Way::Splice(lean) => self.splice(lean, &mut way).await?,
                 _ => self.copy(&mut way).await?,
@@ -61,8 +83,18 @@ impl Pump<'_> {
             if flow == Flow::Ended {
                 return Ok(());
             }
-            self.context.watch.touch();
         }
+    }
+
+    /// Waits until there is something to receive. A flow on splice that came up short rests a moment
+    /// first: then a few wake-ups carry what many would have.
+    async fn ready(&self, way: Way) -> Result<(), Cut> {
+        if let Way::Splice(lean) = way
+            && lean > 0
+        {
+            self.context.watch.guard(sleep(SPLICE_REST)).await.map_err(Cut::stopped)?;
+        }
+        self.wait(self.from.socket.readable()).await?.map_err(|_| self.from_failed())
     }
 
     fn is_over(&self) -> bool {
@@ -73,20 +105,26 @@ impl Pump<'_> {
     async fn wait(
         &self,
         ready: impl Future<Output = io::Result<()>>,
-    ) -> Result<io::Result<()>, Cause> {
-        self.context.watch.guard(ready).await.map_err(|stopped| Cause::of_code(stopped.0))
+    ) -> Result<io::Result<()>, Cut> {
+        self.context.watch.guard(ready).await.map_err(Cut::stopped)
     }
 
-    fn from_failed(&self, _: &io::Error) -> Cause {
-        self.from.causes().reset
+    fn from_failed(&self) -> Cut {
+        Cut { cause: self.from.causes().reset, destination: false }
     }
 
-    fn to_failed(&self, _: &io::Error) -> Cause {
-        self.to.causes().reset
+    fn to_failed(&self) -> Cut {
+        Cut { cause: self.to.causes().reset, destination: true }
+    }
+
+    /// The kernel has taken bytes for the destination.
+    fn moved(&self, bytes: usize) {
+        self.context.meter.moved(self.direction, bytes);
+        self.context.watch.touch();
     }
 
     /// How many bytes may be received now, of `want`.
-    async fn reserve(&self, want: usize) -> Result<usize, Cause> {
+    async fn reserve(&self, want: usize) -> Result<usize, Cut> {
         let allowance = self.context.allowance;
         if !allowance.is_limited(self.direction) {
             return Ok(want);
@@ -94,11 +132,11 @@ impl Pump<'_> {
         // A limited flow asks for what is there, not for what its buffer could take.
         let want = self.from.socket.available().clamp(1, want);
         let granted = allowance.reserve(self.direction, want, self.context.watch).await;
-        granted.map_err(|stopped| Cause::of_code(stopped.0))
+        granted.map_err(Cut::stopped)
     }
 
     /// Forwards what was read before the relay began.
-    async fn early(&self) -> Result<Flow, Cause> {
+    async fn early(&self) -> Result<Flow, Cut> {
         if self.is_over() {
             return Ok(Flow::Ended);
         }
@@ -110,7 +148,7 @@ impl Pump<'_> {
             let granted = allowance
                 .reserve(self.direction, want, self.context.watch)
                 .await
-                .map_err(|stopped| Cause::of_code(stopped.0))?;
+                .map_err(Cut::stopped)?;
             let mut buffer = Buffer::small();
             buffer.room()[..granted].copy_from_slice(&rest[..granted]);
             buffer.fill(granted);
@@ -125,20 +163,24 @@ impl Pump<'_> {
         Ok(Flow::On)
     }
 
-    async fn copy(&self, way: &mut Way) -> Result<Flow, Cause> {
-        let mut buffer = match way {
-            Way::Small => Buffer::small(),
-            _ => Buffer::large().unwrap_or_else(Buffer::small),
-        };
+    async fn copy(&self, way: &mut Way) -> Result<Flow, Cut> {
+        let want = if *way == Way::Small { BUFFER_SMALL } else { BUFFER_LARGE };
+        // First the leave, which may take a while, then the buffer.
+        let mut granted = self.reserve(want).await?;
+        let large = if granted > BUFFER_SMALL { Buffer::large() } else { None };
+        let mut buffer = large.unwrap_or_else(Buffer::small);
         let capacity = buffer.capacity();
-        let granted = self.reserve(capacity).await?;
+        if granted > capacity {
+            self.context.allowance.unused(self.direction, granted - capacity);
+            granted = capacity;
+        }
         let received = match self.from.socket.receive(&mut buffer.room()[..granted]) {
             Ok(received) => received,
             Err(error) => {
                 self.context.allowance.unused(self.direction, granted);
                 return match error.kind() {
                     io::ErrorKind::WouldBlock => Ok(Flow::On),
-                    _ => Err(self.from_failed(&error)),
+                    _ => Err(self.from_failed()),
                 };
             }
         };
@@ -172,26 +214,27 @@ impl Pump<'_> {
             && !self.context.allowance.is_limited(self.direction)
     }
 
-    fn end_of_input(&self) -> Result<Flow, Cause> {
+    fn end_of_input(&self) -> Result<Flow, Cut> {
         match self.from.framing() {
             Some(framing) if framing.borrow_mut().end_of_input().is_err() => {
-                Err(self.from.causes().closed)
+                Err(Cut { cause: self.from.causes().closed, destination: false })
             }
             _ => Ok(Flow::Ended),
         }
     }
 
     /// Sends what was received, unwrapped if the source is framed.
-    async fn forward(&self, buffer: Buffer) -> Result<Flow, Cause> {
+    async fn forward(&self, buffer: Buffer) -> Result<Flow, Cut> {
         match self.from.framing() {
             None => self.send(buffer).await.map(|()| Flow::On),
             Some(framing) => {
                 let mut buffer = buffer;
                 while !buffer.is_empty() {
-                    let decoded = framing
-                        .borrow_mut()
-                        .decode(buffer.filled_mut())
-                        .map_err(|_| self.from.causes().malformed)?;
+                    let decoded =
+                        framing.borrow_mut().decode(buffer.filled_mut()).map_err(|_| Cut {
+                            cause: self.from.causes().malformed,
+                            destination: false,
+                        })?;
                     let start = buffer.range().start;
                     let rest = start + decoded.used..buffer.range().end;
                     match decoded.payload {
@@ -214,7 +257,7 @@ impl Pump<'_> {
     }
 
     /// Sends bytes of our own, such as a rewritten head.
-    async fn send_own(&self, bytes: &[u8]) -> Result<(), Cause> {
+    async fn send_own(&self, bytes: &[u8]) -> Result<(), Cut> {
         for piece in bytes.chunks(BUFFER_SMALL) {
             let mut buffer = Buffer::small();
             buffer.room()[..piece.len()].copy_from_slice(piece);
@@ -224,20 +267,20 @@ impl Pump<'_> {
         Ok(())
     }
 
-    async fn send(&self, buffer: Buffer) -> Result<(), Cause> {
+    async fn send(&self, buffer: Buffer) -> Result<(), Cut> {
         self.send_part(buffer).await.map(drop)
     }
 
     /// Sends the filled part; the buffer comes back for the rest of its room.
-    async fn send_part(&self, mut buffer: Buffer) -> Result<Buffer, Cause> {
+    async fn send_part(&self, mut buffer: Buffer) -> Result<Buffer, Cut> {
         let meter = self.context.meter;
         while !buffer.is_empty() {
             meter.pending(self.direction, buffer.len());
-            let (sent, back) = self.to.socket.send(buffer).await;
+            let (sent, back) = self.to.socket.send(buffer, self.context.watch).await;
             buffer = back;
             match sent {
                 Ok(sent) => {
-                    meter.moved(self.direction, sent);
+                    self.moved(sent);
                     buffer.consume(sent);
                 }
                 Err(error) => {
@@ -250,44 +293,49 @@ impl Pump<'_> {
     }
 
     /// After a send that took nothing: waits for room, or says how the destination failed.
-    async fn blocked(&self, error: &io::Error) -> Result<(), Cause> {
+    async fn blocked(&self, error: &io::Error) -> Result<(), Cut> {
         match error.kind() {
             io::ErrorKind::WouldBlock => {
                 let ready = self.wait(self.to.socket.writable()).await?;
-                ready.map_err(|error| self.to_failed(&error))
+                ready.map_err(|_| self.to_failed())
             }
             io::ErrorKind::Interrupted => Ok(()),
-            _ => Err(self.to_failed(error)),
+            // A send that was ended by a shutdown of ours fails too; the reason is the stop.
+            _ => match self.context.watch.halted() {
+                Some(stopped) => Err(Cut::stopped(stopped)),
+                None => Err(self.to_failed()),
+            },
         }
     }
 
     /// Moves bytes through a pipe without copying them.
-    async fn splice(&self, lean: u8, way: &mut Way) -> Result<Flow, Cause> {
+    async fn splice(&self, lean: u8, way: &mut Way) -> Result<Flow, Cut> {
         let pipe = if self.may_splice() { Pipe::take() } else { None };
         let Some(mut pipe) = pipe else {
             *way = Way::Large(0);
             return self.copy(way).await;
         };
-        let from: &Socket = self.from.socket;
-        let flow = match pipe.fill_from(from, PIPE_BYTES) {
+        let flow = match pipe.fill_from(self.from.socket, PIPE_BYTES) {
             Ok(0) => Flow::Ended,
             Ok(filled) => {
                 self.spliced.set(true);
-                *way = match lean + 1 {
+                *way = match lean {
                     _ if filled >= SPLICE_LEAN => Way::Splice(0),
-                    LEAN_BEFORE_COPY => Way::Small,
-                    lean => Way::Splice(lean),
+                    // Lean, but not slow: rest before the next.
+                    _ if filled >= SPLICE_SLOW => Way::Splice(1),
+                    SLOW_BEFORE_COPY.. => Way::Small,
+                    lean => Way::Splice(lean + 1),
                 };
                 Flow::On
             }
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => Flow::On,
-            Err(error) => return Err(self.from_failed(&error)),
+            Err(_) => return Err(self.from_failed()),
         };
         let meter = self.context.meter;
         while !pipe.is_empty() {
             meter.pending(self.direction, pipe.len());
             match pipe.drain_to(self.to.socket) {
-                Ok(moved) => meter.moved(self.direction, moved),
+                Ok(moved) => self.moved(moved),
                 Err(error) => {
                     meter.pending(self.direction, 0);
                     self.blocked(&error).await?;

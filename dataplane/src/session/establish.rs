@@ -67,6 +67,8 @@ impl Session {
         record.permitted(&permit);
         if let Some(kept) = kept.take()
             && kept.permit.upstream() == permit.upstream()
+            && kept.permit.user().map(|user| user.id) == permit.user().map(|user| user.id)
+            && kept.permit.egress() == permit.egress()
             && permit.addresses().contains(&kept.dialled.address)
             && is_quiet(&kept.dialled)
         {

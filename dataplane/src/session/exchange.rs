@@ -22,11 +22,13 @@ pub(super) struct Exchanged {
     pub(super) client_stays: bool,
     /// The connection to the target may carry another.
     pub(super) upstream_stays: bool,
+    /// The answer came before the request was all read.
+    pub(super) unread: bool,
 }
 
 impl Exchanged {
     fn over(end: End, status: u16) -> Self {
-        Self { end, status, client_stays: false, upstream_stays: false }
+        Self { end, status, client_stays: false, upstream_stays: false, unread: false }
     }
 }
 
@@ -76,6 +78,7 @@ impl Session {
                 status,
                 client_stays: response.client_keeps_alive() && whole && handshake.resume(),
                 upstream_stays: response.upstream_keeps_alive() && whole && early.is_empty(),
+                unread: !whole,
             };
         }
         dialled.socket.reset_on_close();
@@ -89,7 +92,8 @@ impl Session {
             let told = self.tell(handshake, Outcome::Failed).await;
             let client_stays = told.is_ok() && body.borrow().is_over() && handshake.resume();
             let end = End::new(Stage::Dial, cause);
-            return Exchanged { end, status: 502, client_stays, upstream_stays: false };
+            let unread = told.is_ok() && !client_stays;
+            return Exchanged { end, status: 502, client_stays, upstream_stays: false, unread };
         }
         Exchanged::over(End::new(Stage::Relay, cause), status)
     }

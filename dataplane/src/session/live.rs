@@ -14,8 +14,8 @@ use serde::Serialize;
 
 use crate::{
     end::Cause,
-    node::ListenerRules,
     policy::{Decision, Permit, Query, Snapshot, User},
+    settings::ListenerRules,
     telemetry::LoginResult,
     worker::{Worker, unix_now},
 };
@@ -24,13 +24,16 @@ use crate::{
 pub struct Live {
     /// Unique within the node's life: the worker in the upper 16 bits.
     pub id: u64,
-    listener: Rc<ListenerRules>,
+    /// The listener's place among the listeners, and its rules when the session began.
+    index: usize,
+    listener: Arc<ListenerRules>,
     peer: SocketAddr,
     started: Instant,
     stop: Box<dyn Fn(u8)>,
     protocol: Cell<Option<Protocol>>,
     asked: RefCell<Option<Asked>>,
     exchanges: Cell<u32>,
+    rests: Cell<bool>,
     login: Cell<Option<LoginResult>>,
     /// The user has as many sessions as allowed; this one only tells its client so.
     pub over_limit: Cell<bool>,
@@ -49,13 +52,14 @@ impl Live {
     /// Enters a session into its worker's list.
     pub(super) fn enter(
         worker: &Rc<Worker>,
-        listener: &Rc<ListenerRules>,
+        (index, listener): (usize, &Arc<ListenerRules>),
         peer: SocketAddr,
         watch: &Watch,
         started: Instant,
     ) -> Rc<Self> {
         let live = Rc::new(Self {
             id: worker.next_session_id(),
+            index,
             listener: listener.clone(),
             peer,
             started,
@@ -63,6 +67,7 @@ impl Live {
             protocol: Cell::new(None),
             asked: RefCell::default(),
             exchanges: Cell::new(0),
+            rests: Cell::new(false),
             login: Cell::new(None),
             over_limit: Cell::new(false),
             worker: worker.clone(),
@@ -78,7 +83,12 @@ impl Live {
 
     /// Whether the session moves bytes, or is about to.
     pub fn has_asked(&self) -> bool {
-        self.asked.borrow().is_some()
+        self.asked.borrow().is_some() && !self.rests.get()
+    }
+
+    /// Between two requests.
+    pub(super) fn rests(&self) {
+        self.rests.set(true);
     }
 
     pub(super) fn speaks(&self, protocol: Protocol) {
@@ -97,6 +107,7 @@ impl Live {
         let asked =
             Asked { target: target.clone(), user, dialled: None, rule: None, generation: 0 };
         self.asked.replace(Some(asked));
+        self.rests.set(false);
     }
 
     pub(super) fn connected(&self, permit: &Permit, dialled: SocketAddr) {
@@ -119,7 +130,16 @@ impl Live {
     /// be judged when it does.
     pub fn is_allowed(&self, snapshot: &Snapshot) -> bool {
         let asked = self.asked.borrow();
-        let Some(asked) = &*asked else { return snapshot.admits(self.peer.ip()) };
+        let client = self.peer.ip();
+        let rules = snapshot.settings.listeners.get(self.index);
+        if !snapshot.admits(client) || !rules.is_some_and(|rules| rules.admits(client)) {
+            return false;
+        }
+        let Some(asked) = &*asked else { return true };
+        // Nobody's session needs a listener that takes nobody.
+        if asked.user.is_none() && !rules.is_some_and(|rules| rules.login.allows_none()) {
+            return false;
+        }
         let user = match &asked.user {
             Some(known) => match snapshot.directory.find(known.name.as_bytes()) {
                 Some(user) if Arc::ptr_eq(&user.credential, &known.credential) => Some(user),
@@ -128,7 +148,7 @@ impl Live {
             None => None,
         };
         let Some(protocol) = self.protocol.get() else { return true };
-        let query = Query { user, client: self.peer.ip(), protocol, target: &asked.target };
+        let query = Query { user, client, protocol, target: &asked.target };
         let Some(dialled) = asked.dialled else {
             return snapshot.judge_client(query, unix_now()).is_none();
         };

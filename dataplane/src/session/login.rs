@@ -8,9 +8,9 @@ use culvert_rt::Signal;
 use super::{LoggedIn, Session};
 use crate::{
     end::{Cause, End, Stage},
-    policy::{LoginError, User, clock},
+    policy::{User, clock},
     telemetry::LoginResult,
-    worker::Message,
+    worker::{LoginKey, Message},
 };
 
 impl Session {
@@ -61,37 +61,53 @@ impl Session {
         if self.refused {
             return Ok(Err(LoginResult::Busy));
         }
-        let failures = worker.snapshot().settings.failures;
-        let (throttles, client) = (&worker.shared.throttles, self.peer.ip());
-        if throttles.begin(failures, client, &credentials.user, clock()).is_err() {
-            return Ok(Err(LoginResult::Throttled));
-        }
-        let answer = Rc::new(Signal::default());
-        let ticket = worker.expect_login(answer.clone());
-        let sender = worker.sender.clone();
-        let reply = Box::new(move |right| {
-            let _ = sender.send(Message::LoggedIn { ticket, right });
-        });
-        let credential = user.as_ref().map(|user| user.credential.clone());
-        match pool.verify(credential, credentials.password.clone(), reply) {
-            Ok(()) => {}
-            Err(LoginError::Busy | LoginError::Throttled) => {
-                worker.forget_login(ticket);
-                throttles.forgive(failures, client, &credentials.user);
-                return Ok(Err(LoginResult::Busy));
-            }
-        }
-        let right = self.watch.guard(answer.wait()).await.map_err(|stopped| {
-            worker.forget_login(ticket);
-            End::new(Stage::Login, Cause::of_code(stopped.0))
-        })?;
+        let key = pool.login_key(&credentials.user, user.as_deref(), &credentials.password);
+        let answer = match worker.login_under_way(&key) {
+            // The same login, offered by several connections at once, is one login.
+            Some(answer) => answer,
+            None => match self.verify(key, credentials, user.as_deref()) {
+                Ok(answer) => answer,
+                Err(result) => return Ok(Err(result)),
+            },
+        };
+        let right = self.watch.guard(answer.wait()).await;
+        let right = right.map_err(|stopped| End::new(Stage::Login, Cause::of_code(stopped.0)))?;
         match user {
-            Some(user) if right => {
-                throttles.forgive(failures, client, &credentials.user);
-                Ok(self.usable(user))
-            }
+            Some(user) if right => Ok(self.usable(user)),
             _ => Ok(Err(LoginResult::Rejected)),
         }
+    }
+
+    /// Asks the pool to verify a login, unless too many failed before.
+    fn verify(
+        &self,
+        key: LoginKey,
+        credentials: &Credentials,
+        user: Option<&User>,
+    ) -> Result<Rc<Signal<bool>>, LoginResult> {
+        let worker = &self.worker;
+        let failures = worker.snapshot().settings.failures;
+        let (shared, client) = (worker.shared.clone(), self.peer.ip());
+        if shared.throttles.begin(failures, client, &credentials.user, clock()).is_err() {
+            return Err(LoginResult::Throttled);
+        }
+        let answer = worker.expect_login(key);
+        let (sender, name) = (worker.sender.clone(), credentials.user.clone());
+        let throttles = shared.clone();
+        let reply = Box::new(move |right| {
+            if right {
+                throttles.throttles.forgive(failures, client, &name);
+            }
+            let _ = sender.send(Message::LoggedIn { key, right });
+        });
+        let credential = user.map(|user| user.credential.clone());
+        let queued = shared.logins.verify(credential, credentials.password.clone(), reply);
+        if queued.is_err() {
+            worker.forget_login(&key);
+            shared.throttles.forgive(failures, client, &credentials.user);
+            return Err(LoginResult::Busy);
+        }
+        Ok(answer)
     }
 
     /// A right password of a user who may not log in is a wrong one to the client.
@@ -103,7 +119,10 @@ impl Session {
     /// The session counts for its user from here on; if the user has too many, its request is told.
     fn become_user(&self, user: Arc<User>) {
         let mut login = self.login.borrow_mut();
-        if login.as_ref().is_some_and(|login| Arc::ptr_eq(&login.user.shared, &user.shared)) {
+        if let Some(login) = &mut *login
+            && Arc::ptr_eq(&login.user.shared, &user.shared)
+        {
+            login.user = user;
             return;
         }
         *login = None;
@@ -112,5 +131,11 @@ impl Session {
         if let Ok(admission) = admitted {
             *login = Some(LoggedIn { user, _admission: admission });
         }
+    }
+
+    /// The session counts for nobody.
+    pub(super) fn become_nobody(&self) {
+        self.login.replace(None);
+        self.live.over_limit.set(false);
     }
 }

@@ -34,6 +34,7 @@ impl Session {
     /// Drives the handshake to its next request.
     pub(super) async fn negotiate(&self, handshake: &mut dyn Handshake) -> Result<Request, End> {
         let mut begun = self.live.exchanges() == 0;
+        let mut logged_in = false;
         loop {
             match handshake.poll() {
                 Next::Read => {
@@ -52,9 +53,14 @@ impl Session {
                 Next::Authenticate(credentials) => {
                     let credentials = credentials.clone();
                     self.authenticate(handshake, credentials).await?;
+                    logged_in = true;
                 }
                 Next::Request(request) => {
                     let request = request.clone();
+                    if !logged_in {
+                        // Each HTTP request logs in, or is nobody's.
+                        self.become_nobody();
+                    }
                     let now = std::time::Instant::now();
                     if self.times.requested.replace(Some(now)).is_none() {
                         self.worker.counters.handshake.record(now - self.times.accepted);
@@ -147,7 +153,7 @@ impl Session {
 
     /// Ends our side and reads on for a moment: closing with unread bytes would reset the connection,
     /// and the client might never see why.
-    async fn linger(&self) {
+    pub(super) async fn linger(&self) {
         if self.client.shutdown_write().is_err() {
             return;
         }

@@ -6,7 +6,7 @@ use std::{
     time::{Duration, Instant, SystemTime},
 };
 
-use culvert_proto::{Command, Protocol, Request, Target};
+use culvert_proto::{Protocol, Request, Target};
 use serde::{Serialize, Serializer};
 
 use super::Session;
@@ -54,9 +54,6 @@ impl Record {
         } else {
             record.begun = requested.unwrap_or_else(Instant::now);
             record.time = SystemTime::now();
-        }
-        if !matches!(request.command, Command::Forward(_)) && session.live.exchanges() == 0 {
-            record.exchange = 0;
         }
         record
     }

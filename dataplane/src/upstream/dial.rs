@@ -16,6 +16,9 @@ use crate::{end::Cause, policy::Permit};
 /// Pause before the next address is tried beside those under way (RFC 8305 section 5).
 const ATTEMPT_DELAY: Duration = Duration::from_millis(250);
 
+/// Attempts under way at once; the descriptors a session may take while it dials.
+const ATTEMPTS_MAX: usize = 3;
+
 /// A connection to a target.
 pub struct Dialled {
     /// The connection.
@@ -58,15 +61,19 @@ async fn race(
     let mut failure = Cause::Unresolved;
     poll_fn(move |cx| {
         loop {
-            if pause.as_mut().is_none_or(|pause| pause.as_mut().poll(cx).is_ready()) {
-                match waiting.next() {
-                    Some(address) => {
-                        under_way.push(Box::pin(one(address, options(address))));
-                        pause = Some(Box::pin(sleep(ATTEMPT_DELAY)));
-                    }
-                    None if under_way.is_empty() => return Poll::Ready(Err(failure)),
-                    None => {}
+            while pause.as_mut().is_none_or(|pause| pause.as_mut().poll(cx).is_ready()) {
+                pause = None;
+                let Some(address) = waiting.next() else { break };
+                if under_way.len() == ATTEMPTS_MAX {
+                    // The one that has been silent longest makes room; its time is up soon anyway.
+                    drop(under_way.remove(0));
+                    failure = worse(failure, Cause::ConnectTimeout);
                 }
+                under_way.push(Box::pin(one(address, options(address))));
+                pause = Some(Box::pin(sleep(ATTEMPT_DELAY)));
+            }
+            if under_way.is_empty() {
+                return Poll::Ready(Err(failure));
             }
             let mut failed = false;
             let mut index = 0;
@@ -74,7 +81,7 @@ async fn race(
                 match under_way[index].as_mut().poll(cx) {
                     Poll::Ready(Ok(dialled)) => return Poll::Ready(Ok(dialled)),
                     Poll::Ready(Err(error)) => {
-                        drop(under_way.swap_remove(index));
+                        drop(under_way.remove(index));
                         failure = worse(failure, Cause::of_dial(&error));
                         failed = true;
                     }

@@ -21,8 +21,15 @@ const CACHED_MAX: usize = 4096;
 pub struct Names {
     resolver: Resolver,
     cache: RefCell<quick_cache::unsync::Cache<Name, Kept>>,
-    under_way: RefCell<HashMap<Name, Rc<Signal<Answer>>>>,
+    under_way: RefCell<HashMap<Name, UnderWay>>,
 }
+
+/// A lookup that several sessions may wait for. One that was asked for long ago is lost, and asked for
+/// again.
+type UnderWay = (Instant, Rc<Signal<Answer>>);
+
+/// After that an answer will not come any more.
+const LOST: Duration = Duration::from_secs(30);
 
 #[derive(Clone)]
 struct Kept {
@@ -57,15 +64,16 @@ impl Names {
         }
         let known = self.under_way.borrow().get(name).cloned();
         let signal = match known {
-            Some(signal) => signal,
-            None => {
+            Some((asked, signal)) if asked.elapsed() < LOST => signal,
+            _ => {
                 counters.dns_asked.add(1);
                 if !self.resolver.ask(name.clone(), deliver()) {
                     counters.dns_refused.add(1);
                     return Err(LookupError::Failed);
                 }
                 let signal = Rc::new(Signal::default());
-                self.under_way.borrow_mut().insert(name.clone(), signal.clone());
+                let asked = (Instant::now(), signal.clone());
+                self.under_way.borrow_mut().insert(name.clone(), asked);
                 signal
             }
         };
@@ -80,7 +88,7 @@ impl Names {
 
     /// Takes an answer that came back.
     pub fn answered(&self, name: Name, answer: Answer) {
-        if let Some(signal) = self.under_way.borrow_mut().remove(&name) {
+        if let Some((_, signal)) = self.under_way.borrow_mut().remove(&name) {
             signal.set(answer.clone());
         }
         if answer.ttl > Duration::ZERO {

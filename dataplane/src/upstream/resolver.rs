@@ -3,6 +3,7 @@
 
 use std::{
     net::{IpAddr, SocketAddr, ToSocketAddrs},
+    pin::pin,
     sync::Arc,
     thread,
     time::{Duration, Instant},
@@ -31,8 +32,8 @@ const TTL: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(3
 const TTL_NEGATIVE: (Duration, Duration) = (Duration::from_secs(5), Duration::from_secs(300));
 /// How long a failure is remembered, so that a dead server is not asked for every session.
 const TTL_FAILURE: Duration = Duration::from_secs(1);
-/// Addresses of one name that are used.
-const ADDRESSES_MAX: usize = 16;
+/// Addresses of one name and family that are used.
+const ADDRESSES_MAX: usize = 8;
 
 /// Why a name has no addresses.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -64,13 +65,15 @@ impl Answer {
     }
 
     fn found(addresses: Vec<IpAddr>, ttl: Duration) -> Self {
-        let addresses = addresses.into_iter().take(ADDRESSES_MAX).collect();
+        let (v6, v4): (Vec<IpAddr>, Vec<IpAddr>) = addresses.into_iter().partition(IpAddr::is_ipv6);
+        let few = |family: Vec<IpAddr>| family.into_iter().take(ADDRESSES_MAX);
+        let addresses = few(v6).chain(few(v4)).collect();
         Self { addresses: Ok(addresses), ttl: ttl.clamp(TTL.0, TTL.1) }
     }
 }
 
 /// How names are resolved.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ResolverOptions {
     /// Servers to ask; empty asks those of `/etc/resolv.conf`.
     pub servers: Vec<SocketAddr>,
@@ -151,7 +154,10 @@ async fn serve(
         let Ok(place) = under_way.clone().acquire_owned().await else { return };
         let resolver = resolver.clone();
         tokio::spawn(async move {
-            let answer = tokio::time::timeout(timeout, look_up(&resolver, &name)).await;
+            // A little after the lookups' own timeouts, so that one family's silence does not lose what
+            // the other said.
+            let limit = timeout + Duration::from_millis(100);
+            let answer = tokio::time::timeout(limit, look_up(&resolver, &name)).await;
             reply(name, answer.unwrap_or_else(|_| Answer::failed()));
             drop(place);
         });
@@ -163,21 +169,50 @@ async fn look_up(resolver: &TokioResolver, name: &Name) -> Answer {
         return Answer::not_found(None);
     };
     dns_name.set_fqdn(true);
-    let (v4, v6) = tokio::join!(
-        resolver.ipv4_lookup(dns_name.clone()),
-        resolver.ipv6_lookup(dns_name.clone())
-    );
-    let ttl = |lookup: &Lookup| lookup.valid_until().saturating_duration_since(Instant::now());
-    match (v4, v6) {
-        (Ok(v4), Ok(v6)) => {
-            let addresses = [addresses(&v6), addresses(&v4)].concat();
-            Answer::found(addresses, ttl(&v4).min(ttl(&v6)))
+    let mut v4 = pin!(resolver.ipv4_lookup(dns_name.clone()));
+    let mut v6 = pin!(resolver.ipv6_lookup(dns_name.clone()));
+    // RFC 8305 section 3: the family that answers first waits a moment for the other, no longer.
+    let (v4, v6) = tokio::select! {
+        first = &mut v4 => {
+            let patience = patience(&first);
+            (Some(first), tokio::time::timeout(patience, v6).await.ok())
         }
-        (Ok(one), Err(_)) | (Err(_), Ok(one)) => Answer::found(addresses(&one), ttl(&one)),
-        (Err(v4), Err(v6)) => match (missing(&v4), missing(&v6)) {
-            (Some(a), Some(b)) => Answer::not_found(a.into_iter().chain(b).min()),
-            _ => Answer::failed(),
-        },
+        first = &mut v6 => {
+            let patience = patience(&first);
+            (tokio::time::timeout(patience, v4).await.ok(), Some(first))
+        }
+    };
+    let found = |lookup: &Option<Result<Lookup, NetError>>| match lookup {
+        Some(Ok(lookup)) => {
+            let ttl = lookup.valid_until().saturating_duration_since(Instant::now());
+            (addresses(lookup), Some(ttl))
+        }
+        _ => (Vec::new(), None),
+    };
+    let ((a4, ttl4), (a6, ttl6)) = (found(&v4), found(&v6));
+    if !a4.is_empty() || !a6.is_empty() {
+        return Answer::found(
+            [a6, a4].concat(),
+            ttl4.into_iter().chain(ttl6).min().unwrap_or(TTL.0),
+        );
+    }
+    let missing = |lookup: Option<Result<Lookup, NetError>>| match lookup {
+        Some(Ok(_)) => Some(None),
+        Some(Err(error)) => missing(&error),
+        None => None,
+    };
+    match (missing(v4), missing(v6)) {
+        (Some(a), Some(b)) => Answer::not_found(a.into_iter().chain(b).min()),
+        _ => Answer::failed(),
+    }
+}
+
+/// How long the second family is waited for.
+fn patience(first: &Result<Lookup, NetError>) -> Duration {
+    match first {
+        Ok(lookup) if !addresses(lookup).is_empty() => Duration::from_millis(50),
+        // The lookup's own timeout ends it.
+        _ => Duration::from_secs(3600),
     }
 }
 

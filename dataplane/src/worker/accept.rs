@@ -6,9 +6,9 @@ use culvert_rt::{Accepted, Listener, spawn, take_turns};
 
 use super::Worker;
 use crate::{
-    node::ListenerRules,
-    policy::{Held, TableError, client_key, clock},
+    policy::{Held, Snapshot, TableError, client_key, clock},
     session::{self, Place},
+    settings::ListenerRules,
     telemetry::TurnedAway,
 };
 
@@ -16,7 +16,7 @@ use crate::{
 const BATCH: usize = 64;
 
 /// Accepts until the node drains.
-pub(super) async fn run(worker: Rc<Worker>, listener: Listener, rules: Rc<ListenerRules>) {
+pub(super) async fn run(worker: Rc<Worker>, listener: Listener, index: usize) {
     let mut draining = Box::pin({
         let signal = worker.draining.clone();
         async move { signal.wait().await }
@@ -24,7 +24,7 @@ pub(super) async fn run(worker: Rc<Worker>, listener: Listener, rules: Rc<Listen
     loop {
         let ready = Box::pin(listener.readable());
         let drained = either(ready, draining.as_mut()).await;
-        let exhausted = accept_batch(&worker, &listener, &rules);
+        let exhausted = accept_batch(&worker, &listener, index);
         if drained {
             return;
         }
@@ -48,10 +48,10 @@ async fn either<A: Future + Unpin, B: Future + Unpin>(mut a: A, mut b: B) -> boo
 }
 
 /// Accepts what is in the queue; whether it failed for want of descriptors or memory.
-fn accept_batch(worker: &Rc<Worker>, listener: &Listener, rules: &Rc<ListenerRules>) -> bool {
+fn accept_batch(worker: &Rc<Worker>, listener: &Listener, index: usize) -> bool {
     for _ in 0..BATCH {
         match listener.accept() {
-            Ok(Some(accepted)) => begin(worker, rules, accepted),
+            Ok(Some(accepted)) => begin(worker, index, accepted),
             Ok(None) => return false,
             Err(error) => {
                 tracing::debug!(%error, "accept failed");
@@ -62,22 +62,24 @@ fn accept_batch(worker: &Rc<Worker>, listener: &Listener, rules: &Rc<ListenerRul
     false
 }
 
-fn begin(worker: &Rc<Worker>, rules: &Rc<ListenerRules>, accepted: Accepted) {
-    match admit(worker, rules, &accepted) {
-        Ok(place) => {
-            let refused = place.node.refusing;
-            spawn(session::run(worker.clone(), rules.clone(), accepted, place, refused));
-        }
+fn begin(worker: &Rc<Worker>, index: usize, accepted: Accepted) {
+    let snapshot = worker.snapshot();
+    let Some(rules) = snapshot.settings.listeners.get(index) else { return };
+    match admit(worker, &snapshot, rules, &accepted) {
+        Ok(place) => spawn(session::run(worker.clone(), (index, rules.clone()), accepted, place)),
         Err(reason) => worker.counters.turned_away[reason as usize].add(1),
     }
 }
 
 /// Whether a client gets a session, before a byte of it is read.
-fn admit(worker: &Worker, rules: &ListenerRules, accepted: &Accepted) -> Result<Place, TurnedAway> {
+fn admit(
+    worker: &Worker,
+    snapshot: &Snapshot,
+    rules: &ListenerRules,
+    accepted: &Accepted,
+) -> Result<Place, TurnedAway> {
     let client = accepted.peer.ip();
-    let snapshot = worker.snapshot();
-    let welcome = rules.allow.as_ref().is_none_or(|allow| allow.contains(client));
-    if !welcome || !snapshot.admits(client) {
+    if !rules.admits(client) || !snapshot.admits(client) {
         return Err(TurnedAway::Address);
     }
     if worker.is_draining() {

@@ -22,6 +22,7 @@ const PROBLEMS_MAX: usize = 100;
 pub(super) fn read<T: DeserializeOwned>(root: &Node) -> Result<T, Vec<Problem>> {
     let mut root = root.clone();
     let mut problems = Vec::new();
+    let mut removed: Vec<String> = Vec::new();
     let value = loop {
         let unknown = RefCell::new(Vec::new());
         let path = Path { steps: Vec::new() };
@@ -37,7 +38,13 @@ pub(super) fn read<T: DeserializeOwned>(root: &Node) -> Result<T, Vec<Problem>> 
             Err(fault) => {
                 let steps = fault.steps.unwrap_or_default();
                 let key = Path { steps: steps.clone() }.to_string();
-                problems.push(Problem::new(fault.place, key, fault.message));
+                // A value that could not be read is not missing as well.
+                let missing = fault.message.strip_prefix("missing key `");
+                let missing = missing.and_then(|rest| rest.strip_suffix('`'));
+                if !missing.is_some_and(|name| removed.contains(&format!("{key}.{name}"))) {
+                    problems.push(Problem::new(fault.place, key.clone(), plain(&fault.message)));
+                }
+                removed.push(key);
                 if steps.is_empty() || problems.len() >= PROBLEMS_MAX || !remove(&mut root, &steps)
                 {
                     break None;
@@ -50,6 +57,21 @@ pub(super) fn read<T: DeserializeOwned>(root: &Node) -> Result<T, Vec<Problem>> 
         Some(value) if problems.is_empty() => Ok(value),
         _ => Err(problems),
     }
+}
+
+/// Messages of others in words an operator knows.
+fn plain(message: &str) -> String {
+    const WORDS: [(&str, &str); 8] = [
+        ("expected u16", "expected a whole number up to 65535"),
+        ("expected u32", "expected a whole number"),
+        ("expected u64", "expected a whole number"),
+        ("expected a sequence", "expected a list, such as [\"a\", \"b\"] or [[table]]"),
+        ("expected a string", "expected text in quotes"),
+        ("invalid socket address syntax", "not an address with a port, such as \"127.0.0.1:1082\""),
+        ("invalid IP address syntax", "not a network, such as \"10.0.0.0/8\" or \"192.0.2.7/32\""),
+        ("expected struct", "expected a table:"),
+    ];
+    WORDS.iter().fold(message.to_owned(), |text, (from, to)| text.replace(from, to))
 }
 
 #[derive(Debug, Clone, PartialEq)]
@@ -348,7 +370,8 @@ impl<'de> SeqAccess<'de> for List<'_> {
         let next = self.rest.find(|(_, node)| node.value != Value::Null);
         let Some((index, node)) = next else { return Ok(None) };
         let path = self.reader.path.with(Step::Index(index));
-        seed.deserialize(Reader { node, path: &path, unknown: self.reader.unknown }).map(Some)
+        let reader = Reader { node, path: &path, unknown: self.reader.unknown };
+        seed.deserialize(reader).map(Some).map_err(|fault| reader.fault(fault))
     }
 }
 
@@ -406,6 +429,7 @@ impl<'de> MapAccess<'de> for Map<'_> {
             return Err(Fault::custom("a value was asked for before its key"));
         };
         let path = self.reader.path.with(Step::Key(entry.key.clone()));
-        seed.deserialize(Reader { node: &entry.node, path: &path, unknown: self.reader.unknown })
+        let reader = Reader { node: &entry.node, path: &path, unknown: self.reader.unknown };
+        seed.deserialize(reader).map_err(|fault| reader.fault(fault))
     }
 }

@@ -101,6 +101,8 @@ impl Response {
         }
         self.status = status;
         let switched = status == 101;
+        // RFC 9110 section 15.2: an HTTP/1.0 client knows no interim responses.
+        let withheld = status < 200 && self.exchange.version == 0;
         if switched && !self.exchange.upgrade {
             return Err(Malformed::Syntax);
         }
@@ -152,7 +154,7 @@ impl Response {
         } else {
             Stage::Body(body)
         };
-        Ok(out)
+        Ok(if withheld { Vec::new() } else { out })
     }
 }
 

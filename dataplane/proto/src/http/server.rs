@@ -268,7 +268,7 @@ fn parse(head: &[u8], take_credentials: bool) -> Result<Parsed, Malformed> {
         return Err(Malformed::Ambiguous);
     }
     let credentials = match fields.credentials {
-        Some(value) if take_credentials => basic(value),
+        Some(value) if take_credentials => Some(basic(value)),
         _ => None,
     };
     let reuse = if fields.keeps_alive(version) { Reuse::Keep } else { Reuse::Close };
@@ -370,8 +370,12 @@ impl<'a> Uri<'a> {
 }
 
 /// Basic credentials (RFC 7617): user and password before and after the first colon. Anything else is
-/// a login that matches nobody.
-fn basic(value: &[u8]) -> Option<Credentials> {
+/// a login that matches nobody: an empty name.
+fn basic(value: &[u8]) -> Credentials {
+    read_basic(value).unwrap_or(Credentials { user: [].into(), password: Secret::new(&[]) })
+}
+
+fn read_basic(value: &[u8]) -> Option<Credentials> {
     let (scheme, encoded) = value.split_at_checked(6)?;
     if !scheme.eq_ignore_ascii_case(b"basic ") {
         return None;

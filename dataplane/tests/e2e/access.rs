@@ -1,0 +1,303 @@
+//! Who may do what: reload, revocation, limits, internal targets.
+
+use std::{
+    io::{Read, Write},
+    net::TcpStream,
+    thread,
+    time::{Duration, Instant},
+};
+
+use culvert_proto::Target;
+
+use crate::support::{HASH, PASSWORD, Setup, closed_port, echo, named, ping, rounds, target_on};
+
+#[test]
+fn a_changed_file_is_in_force_at_once_and_a_bad_one_changes_nothing() {
+    let mut proxy = Setup::new().user("ann", "").start();
+    let target = Target::from(echo());
+    assert_eq!(proxy.socks5(Some(("bob", PASSWORD)), &target).err(), Some(255));
+    let line = proxy.reload(|setup| setup.user("bob", ""));
+    assert!(line.contains("generation=2"), "{line}");
+    assert!(proxy.socks5(Some(("bob", PASSWORD)), &target).is_ok());
+
+    for bad in ["garbage", "", "[policy]\n[[policy.user]]\nname = 'x'\n", "[nod]\n"] {
+        proxy.rewrite(bad);
+    }
+    assert!(proxy.log().contains("unknown key"), "{}", proxy.log());
+    assert!(proxy.socks5(Some(("bob", PASSWORD)), &target).is_ok());
+    assert!(proxy.metric("culvert_config_rejected_total") >= 4.0);
+    assert_eq!(proxy.metric("culvert_snapshot_generation"), 2.0);
+}
+
+#[test]
+fn a_hang_up_reloads_too() {
+    let mut proxy = Setup::new().start();
+    proxy.signal("-HUP");
+    assert!(proxy.await_line("configuration published").contains("generation=2"));
+}
+
+/// RELIABILITY C7, as far as a file goes: within a second, and nobody else's.
+#[test]
+fn what_a_new_policy_forbids_ends_within_a_second_and_nothing_else() {
+    let mut proxy = Setup::new()
+        .user("ann", "")
+        .user("bob", "")
+        .user("cid", "")
+        .user("dan", "")
+        .user("eve", "")
+        .start();
+    let (target, other) = (echo(), echo());
+    let count = rounds(50, 1000);
+    let open = |user: &str, target| -> Vec<TcpStream> {
+        (0..count).map(|_| proxy.tunnel(Some(user), target)).collect()
+    };
+    let mut ended = [("ann", target), ("bob", target), ("cid", target), ("eve", other)]
+        .into_iter()
+        .flat_map(|(user, target)| open(user, target))
+        .collect::<Vec<_>>();
+    let mut kept =
+        ["dan", "eve"].into_iter().flat_map(|user| open(user, target)).collect::<Vec<_>>();
+    // The same password under another hash is another credential.
+    let rehashed = HASH.replace("$2b$", "$2y$");
+    let changed = format!("[[policy.user]]\nname = 'cid'\npassword_hash = '{rehashed}'\n");
+    let begun = Instant::now();
+    proxy.reload(|_| {
+        Setup::new()
+            .user("bob", "status = 'disabled'")
+            .user("dan", "limits = { sessions = 1 }")
+            .user("eve", "")
+            .and(&changed)
+            .and(&format!("[[policy.filter]]\ncidr = ['127.0.0.0/8']\nport = [{}]\n", other.port()))
+    });
+    for stream in &mut ended {
+        let error = stream.read(&mut [0]).unwrap_err();
+        assert_eq!(error.kind(), std::io::ErrorKind::ConnectionReset);
+    }
+    // The file is read 200 ms after it changed.
+    assert!(begun.elapsed() < Duration::from_millis(1300), "{:?}", begun.elapsed());
+    for stream in &mut kept {
+        ping(stream).unwrap();
+    }
+    assert_eq!(proxy.metric("culvert_revoked_total"), ended.len() as f64);
+}
+
+#[test]
+fn an_expired_user_is_out_when_the_time_comes() {
+    let at = time::OffsetDateTime::now_utc() + Duration::from_secs(3);
+    let expires = at.format(&time::format_description::well_known::Rfc3339).unwrap();
+    let proxy = Setup::new().user("ann", &format!("expires = '{expires}'")).start();
+    let target = echo();
+    let mut stream = proxy.tunnel(Some("ann"), target);
+    ping(&mut stream).unwrap();
+    assert!(stream.read(&mut [0]).is_err(), "the session is reset");
+    assert!(time::OffsetDateTime::now_utc() < at + Duration::from_secs(2));
+    assert_eq!(proxy.socks5(Some(("ann", PASSWORD)), &Target::from(target)).err(), Some(255));
+}
+
+/// RELIABILITY B5.
+#[test]
+fn a_users_sessions_are_limited_over_all_workers() {
+    let proxy = Setup::new().user("ann", "limits = { sessions = 50 }").user("bob", "").start();
+    let target = Target::from(echo());
+    let tries: Vec<_> = thread::scope(|scope| {
+        let ask = || -> Vec<_> {
+            (0..50).map(|_| proxy.socks5(Some(("ann", PASSWORD)), &target)).collect()
+        };
+        let threads: Vec<_> = (0..4).map(|_| scope.spawn(ask)).collect();
+        threads.into_iter().flat_map(|thread| thread.join().unwrap()).collect()
+    });
+    assert_eq!(tries.iter().filter(|tried| tried.is_ok()).count(), 50);
+    assert!(tries.iter().all(|tried| tried.is_ok() || tried.as_ref().err() == Some(&1)));
+    assert!(proxy.socks5(Some(("bob", PASSWORD)), &target).is_ok());
+    drop(tries);
+    proxy.await_metric("culvert_sessions_active", 0.0);
+    assert!(proxy.socks5(Some(("ann", PASSWORD)), &target).is_ok());
+}
+
+#[test]
+fn new_sessions_and_source_addresses_are_limited() {
+    let proxy = Setup::new()
+        .user("ann", "limits = { new_sessions_per_second = 5 }")
+        .user("far", "limits = { source_addresses = ['10.0.0.0/8'] }")
+        .start();
+    let target = Target::from(echo());
+    let served = (0..20).filter(|_| proxy.socks5(Some(("ann", PASSWORD)), &target).is_ok()).count();
+    assert!((5..=8).contains(&served), "{served}");
+    assert_eq!(proxy.socks5(Some(("far", PASSWORD)), &target).err(), Some(255));
+}
+
+#[test]
+fn clients_are_admitted_by_address() {
+    let mut proxy = Setup::new().start();
+    let target = echo();
+    let mut stream = proxy.tunnel(None, target);
+    ping(&mut stream).unwrap();
+    proxy.reload(|_| Setup::new().policy("whitelist = ['10.0.0.0/8']"));
+    assert!(stream.read(&mut [0]).is_err());
+    assert_eq!(proxy.connect().read(&mut [0; 1]).unwrap_or(0), 0);
+    assert_eq!(proxy.metric("culvert_turned_away_total{reason=\"address\"}"), 1.0);
+}
+
+#[test]
+fn sessions_of_one_address_are_limited() {
+    let proxy = Setup::new()
+        .with("[limits]\nsessions_per_address = 5\nnew_sessions_per_second_per_address = 1000")
+        .start();
+    let target = Target::from(echo());
+    let open: Vec<_> = (0..8).map(|_| proxy.socks5(None, &target)).collect();
+    assert_eq!(open.iter().filter(|opened| opened.is_ok()).count(), 5);
+    assert_eq!(proxy.metric("culvert_turned_away_total{reason=\"address_sessions\"}"), 3.0);
+}
+
+/// RELIABILITY G4: parallel guesses are counted before they are checked.
+#[test]
+fn guesses_are_throttled_and_the_verified_user_is_not() {
+    let proxy = Setup::new().with("[auth]\nfailures_per_address = '10/2m'").user("ann", "").start();
+    let target = Target::from(echo());
+    assert!(proxy.socks5(Some(("ann", PASSWORD)), &target).is_ok());
+    thread::scope(|scope| {
+        for thread in 0..8 {
+            let (proxy, target) = (&proxy, &target);
+            scope.spawn(move || {
+                for i in 0..25 {
+                    let guess = format!("guess-{thread}-{i}");
+                    assert_eq!(proxy.socks5(Some(("ann", &guess)), target).err(), Some(255));
+                }
+            });
+        }
+    });
+    assert!(proxy.metric("culvert_auth_total{result=\"rejected\"}") <= 11.0);
+    assert!(proxy.metric("culvert_auth_total{result=\"throttled\"}") >= 189.0);
+    assert!(proxy.socks5(Some(("ann", PASSWORD)), &target).is_ok());
+}
+
+/// RELIABILITY F2 and F4.
+#[test]
+fn the_inside_is_refused_in_every_spelling_over_every_protocol() {
+    let proxy = Setup::new().policy("").start();
+    let hosts = [
+        "127.0.0.1",
+        "127.1",
+        "127.0.1",
+        "2130706433",
+        "0x7f000001",
+        "0x7f.1",
+        "0177.0.0.1",
+        "0177.1",
+        "0x7F.0x0.0x0.0x1",
+        "017700000001",
+        "127.0.0.1.",
+        "localhost",
+        "LOCALHOST",
+        "localhost.",
+        "0",
+        "0.0.0.0",
+        "0x0",
+        "00",
+        "10.0.0.1",
+        "0x0a000001",
+        "167772161",
+        "012.0.0.1",
+        "172.16.0.1",
+        "172.31.255.254",
+        "192.168.1.1",
+        "0xc0a80101",
+        "100.64.0.1",
+        "169.254.169.254",
+        "0xa9fea9fe",
+        "2852039166",
+        "0251.0376.0251.0376",
+        "224.0.0.1",
+        "255.255.255.255",
+        "198.18.0.1",
+        "192.0.2.1",
+    ];
+    let v6 = [
+        "::1",
+        "::",
+        "::ffff:127.0.0.1",
+        "::ffff:7f00:1",
+        "::127.0.0.1",
+        "::ffff:10.0.0.1",
+        "::ffff:169.254.169.254",
+        "64:ff9b::127.0.0.1",
+        "64:ff9b::a9fe:a9fe",
+        "64:ff9b:1::1",
+        "2002:7f00:1::",
+        "2002:a9fe:a9fe::",
+        "2001:0:1:2:3:4:80ff:fffe",
+        "fe80::1",
+        "fec0::1",
+        "fd00:ec2::254",
+        "fc00::1",
+        "ff02::1",
+        "2001:db8::1",
+        "::ffff:0:127.0.0.1",
+        "100::1",
+        "0:0:0:0:0:0:0:1",
+        "2001:2::1",
+        "3fff::1",
+        "fe80::5efe:127.0.0.1",
+    ];
+    assert!(hosts.len() + v6.len() >= 60);
+    for host in hosts.iter().chain(&v6) {
+        let target = named(host, 80);
+        assert_eq!(proxy.socks5(None, &target).err(), Some(2), "{host} over SOCKS5");
+        // As a name, whatever it looks like.
+        let mut stream = proxy.connect();
+        let request =
+            [&[5, 1, 0, 5, 1, 0, 3, host.len() as u8][..], host.as_bytes(), &[0, 80]].concat();
+        stream.write_all(&request).unwrap();
+        let mut answer = [0; 6];
+        stream.read_exact(&mut answer).unwrap();
+        assert_eq!(answer[3], 2, "{host} as a SOCKS5 name");
+        let uri = if host.contains(':') { format!("[{host}]:80") } else { format!("{host}:80") };
+        for request in [
+            format!("CONNECT {uri} HTTP/1.1\r\nHost: x\r\n\r\n"),
+            format!("GET http://{uri}/ HTTP/1.1\r\nHost: x\r\n\r\n"),
+        ] {
+            let mut stream = proxy.connect();
+            stream.write_all(request.as_bytes()).unwrap();
+            let mut answer = [0; 12];
+            stream.read_exact(&mut answer).unwrap();
+            assert_eq!(&answer, b"HTTP/1.1 403", "{request}");
+        }
+    }
+}
+
+#[test]
+fn the_nodes_own_listeners_are_refused_even_when_all_is_allowed() {
+    let proxy = Setup::new().policy("allow_internal = ['0.0.0.0/0', '::/0']").start();
+    let port = proxy.address.port();
+    for host in ["127.0.0.1", "0.0.0.0", "127.1", "::ffff:127.0.0.1"] {
+        assert_eq!(proxy.socks5(None, &named(host, port)).err(), Some(2), "{host}");
+    }
+    assert_eq!(proxy.metric("culvert_denied_total{reason=\"own_listener\"}"), 4.0);
+    assert_eq!(proxy.socks5(None, &Target::from(closed_port())).err(), Some(5));
+}
+
+#[test]
+fn rules_allow_deny_and_redirect() {
+    let here = target_on("127.0.0.1:0", |mut stream| stream.write_all(b"here").unwrap());
+    let proxy = Setup::new()
+        .policy("allow_internal = ['127.0.0.0/8']\ndefault = 'deny'")
+        .user("ann", "groups = ['staff']")
+        .and(&format!(
+            "[[policy.rule]]\nname = 'old'\nwhen = {{ domain = ['old.example'] }}\naction = 'redirect'\nto = '{here}'\n\
+             [[policy.rule]]\nname = 'staff'\nwhen = {{ group = ['staff'], port = [{}] }}\n",
+            here.port()
+        ))
+        .start();
+    let read = |mut stream: TcpStream| {
+        let mut text = String::new();
+        stream.read_to_string(&mut text).unwrap();
+        text
+    };
+    assert_eq!(read(proxy.socks5(None, &named("old.example", 80)).unwrap()), "here");
+    assert_eq!(read(proxy.socks5(Some(("ann", PASSWORD)), &Target::from(here)).unwrap()), "here");
+    assert_eq!(proxy.socks5(None, &Target::from(here)).err(), Some(2));
+    let records = proxy.await_records(3);
+    for (key, value) in [("rule", "old"), ("rule", "staff"), ("denied", "default")] {
+        assert!(records.iter().any(|record| record[key] == value), "{key} {value}: {records:?}");
+    }
+}

@@ -1,0 +1,187 @@
+//! Start, health, drain, commands.
+
+use std::{
+    io::{Read, Write},
+    os::unix::fs::PermissionsExt,
+    process::{Command, Stdio},
+    time::{Duration, Instant},
+};
+
+use culvert_proto::Target;
+
+use crate::support::{PASSWORD, Setup, echo, ping};
+
+fn culvert(arguments: &[&str], input: &str) -> (bool, String, String) {
+    let mut child = Command::new(env!("CARGO_BIN_EXE_culvert"))
+        .args(arguments)
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    child.stdin.take().unwrap().write_all(input.as_bytes()).unwrap();
+    let output = child.wait_with_output().unwrap();
+    let text = |bytes| String::from_utf8(bytes).unwrap();
+    (output.status.success(), text(output.stdout), text(output.stderr))
+}
+
+#[test]
+fn health_and_sessions_are_served() {
+    let proxy = Setup::new().user("ann", "").start();
+    assert_eq!(proxy.admin("/livez").0, 200);
+    assert_eq!(proxy.admin("/readyz").0, 200);
+    let target = echo();
+    let mut stream = proxy.tunnel(Some("ann"), target);
+    ping(&mut stream).unwrap();
+    let sessions: serde_json::Value = serde_json::from_str(&proxy.admin("/sessions").1).unwrap();
+    assert_eq!(sessions[0]["user"], "ann");
+    assert_eq!(sessions[0]["target"], target.to_string());
+    let (_, config) = proxy.admin("/debug/config");
+    assert!(!config.contains("$2"), "no hash is shown: {config}");
+    assert_eq!(proxy.admin("/drain").0, 404, "commands are not for TCP");
+    let text = proxy.admin("/metrics").1;
+    for name in [
+        "culvert_sessions_active",
+        "culvert_bytes_total",
+        "culvert_dial_seconds_bucket",
+        "culvert_build_info",
+    ] {
+        assert!(text.contains(name), "{name}");
+    }
+}
+
+/// RELIABILITY C3.
+#[test]
+fn a_drain_lets_sessions_end_and_cuts_them_at_the_deadline() {
+    let mut proxy = Setup::new().with("[timeouts]\ndrain = '2s'").start();
+    let target = echo();
+    let (mut short, mut long) = (proxy.tunnel(None, target), proxy.tunnel(None, target));
+    let started = Instant::now();
+    proxy.signal("-TERM");
+    proxy.await_line("draining");
+    assert_eq!(proxy.admin("/readyz").0, 503);
+    ping(&mut short).unwrap();
+    drop(short);
+    ping(&mut long).unwrap();
+    let error = long.read(&mut [0]).unwrap_err();
+    assert_eq!(error.kind(), std::io::ErrorKind::ConnectionReset);
+    assert!(started.elapsed() >= Duration::from_millis(1900));
+    assert!(proxy.await_end().success());
+    assert!(started.elapsed() < Duration::from_secs(3), "{:?}", started.elapsed());
+    let mut ends: Vec<String> =
+        proxy.records().iter().map(|record| record["end"].as_str().unwrap().to_owned()).collect();
+    ends.sort();
+    assert_eq!(ends, ["drained", "finished"]);
+}
+
+#[test]
+fn the_drain_command_ends_an_idle_node_at_once() {
+    let mut proxy = Setup::new().start();
+    let socket = proxy.folder.path().join("admin.sock");
+    assert_eq!(std::fs::metadata(&socket).unwrap().permissions().mode() & 0o777, 0o600);
+    let config = proxy.folder.path().join("culvert.toml");
+    let (ok, out, error) = culvert(&["drain", "-c", config.to_str().unwrap()], "");
+    assert!(ok, "{error}");
+    assert!(out.contains("draining"));
+    assert!(proxy.await_end().success());
+}
+
+#[test]
+fn verified_logins_survive_a_restart() {
+    let mut proxy = Setup::new().user("ann", "").start();
+    let target = Target::from(echo());
+    assert!(proxy.socks5(Some(("ann", PASSWORD)), &target).is_ok());
+    proxy.signal("-TERM");
+    proxy.await_end();
+    let kept = std::fs::read(proxy.folder.path().join("remembered-logins")).unwrap();
+    assert_eq!(kept.len(), 40);
+    let key = proxy.folder.path().join("credential.key");
+    assert_eq!(std::fs::metadata(&key).unwrap().permissions().mode() & 0o777, 0o600);
+}
+
+#[test]
+fn check_says_everything_that_is_wrong_in_all_formats() {
+    let folder = tempfile::tempdir().unwrap();
+    for (name, text, lines) in [
+        (
+            "a.toml",
+            "[node]\nworkres = 1\n[[listener]]\nbind = 'x'\n",
+            ["line 2: node.workres", "line 4: listener[0].bind"],
+        ),
+        (
+            "a.yaml",
+            "node:\n  workres: 1\nlistener:\n- bind: x\n",
+            ["line 2: node.workres", "line 4: listener[0].bind"],
+        ),
+        (
+            "a.json",
+            "{\"node\": {\n\"workres\": 1},\n\"listener\": [{\n\"bind\": \"x\"}]}",
+            ["line 2: node.workres", "line 4: listener[0].bind"],
+        ),
+    ] {
+        let path = folder.path().join(name);
+        std::fs::write(&path, text).unwrap();
+        let (ok, _, error) = culvert(&["check", "-c", path.to_str().unwrap()], "");
+        assert!(!ok);
+        for line in lines {
+            assert!(error.contains(line), "{name}: {error}");
+        }
+    }
+    let path = folder.path().join("b.toml");
+    std::fs::write(&path, "[[listener]]\nbind = '127.0.0.1:1082'\n").unwrap();
+    let (ok, out, error) = culvert(&["check", "-c", path.to_str().unwrap()], "");
+    assert!(ok && out.contains("ok: 1 listeners"), "{out}{error}");
+}
+
+#[test]
+fn a_password_is_hashed_from_standard_input() {
+    let (ok, hash, _) = culvert(&["hash-password"], "secret\n");
+    assert!(ok && hash.starts_with("$2b$10$") && hash.trim().len() == 60, "{hash}");
+    let (ok, _, error) = culvert(&["hash-password"], &"x".repeat(73));
+    assert!(!ok && error.contains("72 bytes"), "{error}");
+}
+
+#[test]
+fn the_client_command_goes_through_the_proxy() {
+    let proxy = Setup::new().listener("auth = ['password']").user("ann", "").start();
+    let target = echo();
+    for protocol in ["socks5", "http"] {
+        let (host, port) = (target.ip().to_string(), target.port().to_string());
+        let address = format!("tcp://{}/", proxy.address);
+        let user = format!("ann:{PASSWORD}");
+        let arguments = [
+            "client",
+            "--protocol",
+            protocol,
+            "--addr",
+            &address,
+            "--host",
+            &host,
+            "--port",
+            &port,
+            "--user",
+            &user,
+        ];
+        let (ok, out, error) = culvert(&arguments, "through and back");
+        assert!(ok, "{error}");
+        assert_eq!(out, "through and back");
+        let wrong = [&arguments[..10], &["ann:wrong"]].concat();
+        let (ok, _, error) = culvert(&wrong, "");
+        assert!(!ok && error.contains("rejected the user name or the password"), "{error}");
+    }
+}
+
+#[test]
+fn a_taken_port_says_so() {
+    let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("c.toml");
+    let text = format!(
+        "[node]\nstate_dir = '{}'\n[[listener]]\nbind = '{}'\n",
+        folder.path().display(),
+        taken.local_addr().unwrap()
+    );
+    std::fs::write(&path, text).unwrap();
+    let (ok, _, error) = culvert(&["run", "-c", path.to_str().unwrap()], "");
+    assert!(!ok && error.contains("another program listens there"), "{error}");
+}

@@ -1,0 +1,176 @@
+//! Names: a server of our own, silence, rebinding, racing.
+
+use std::{
+    collections::HashMap,
+    io::{Read, Write},
+    net::{IpAddr, SocketAddr, UdpSocket},
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering::Relaxed},
+    },
+    thread,
+    time::{Duration, Instant},
+};
+
+use crate::support::{Setup, TestProxy, echo, named, ping, rounds, target};
+
+type Zone = Box<dyn Fn(&str, usize) -> Vec<IpAddr> + Send>;
+
+/// A name server: answers A and AAAA with what the zone gives for a name and the number of the
+/// question; counts questions.
+fn name_server(zone: Zone) -> (SocketAddr, Arc<AtomicUsize>) {
+    let socket = UdpSocket::bind("127.0.0.1:0").unwrap();
+    let address = socket.local_addr().unwrap();
+    let asked = Arc::new(AtomicUsize::new(0));
+    let count = asked.clone();
+    thread::spawn(move || {
+        let mut packet = [0; 1500];
+        while let Ok((len, client)) = socket.recv_from(&mut packet) {
+            let number = count.fetch_add(1, Relaxed);
+            if let Some(answer) = answer(&packet[..len], &zone, number) {
+                let _ = socket.send_to(&answer, client);
+            }
+        }
+    });
+    (address, asked)
+}
+
+/// RFC 1035: the question back, and an address record with TTL 0 for each address of its family.
+fn answer(question: &[u8], zone: &Zone, number: usize) -> Option<Vec<u8>> {
+    let (mut at, mut name) = (12, String::new());
+    while question[at] != 0 {
+        let len = usize::from(question[at]);
+        name.push_str(std::str::from_utf8(&question[at + 1..at + 1 + len]).ok()?);
+        name.push('.');
+        at += 1 + len;
+    }
+    let kind = question[at + 2];
+    let addresses: Vec<IpAddr> = zone(name.trim_end_matches('.'), number)
+        .into_iter()
+        .filter(|ip| (kind == 1 && ip.is_ipv4()) || (kind == 28 && ip.is_ipv6()))
+        .collect();
+    let mut answer = question[..at + 5].to_vec();
+    answer[2..4].copy_from_slice(&[0x81, 0x80]);
+    answer[6..12].copy_from_slice(&[0, addresses.len() as u8, 0, 0, 0, 0]);
+    for ip in addresses {
+        answer.extend_from_slice(&[0xc0, 12, 0, kind, 0, 1, 0, 0, 0, 0, 0]);
+        match ip {
+            IpAddr::V4(ip) => answer.extend([&[4][..], &ip.octets()].concat()),
+            IpAddr::V6(ip) => answer.extend([&[16][..], &ip.octets()].concat()),
+        }
+    }
+    Some(answer)
+}
+
+fn with_server(server: SocketAddr, policy: &str) -> TestProxy {
+    Setup::new()
+        .with(&format!("[dns]\nservers = ['{server}']\ntimeout = '2s'"))
+        .policy(policy)
+        .start()
+}
+
+#[test]
+fn names_are_asked_for_once_and_kept() {
+    let (server, asked) = name_server(Box::new(|_, _| vec![[127, 0, 0, 1].into()]));
+    let proxy = with_server(server, "allow_internal = ['127.0.0.0/8']");
+    let port = echo().port();
+    for _ in 0..50 {
+        ping(&mut proxy.socks5(None, &named("kept.example", port)).unwrap()).unwrap();
+    }
+    // TTL 0 is kept for a second, by each worker; each question is two (A and AAAA).
+    assert!(asked.load(Relaxed) <= 12, "{}", asked.load(Relaxed));
+    assert!(proxy.metric("culvert_dns_lookups_total{from=\"cache\"}") >= 44.0);
+}
+
+/// RELIABILITY F1.
+#[test]
+fn a_silent_server_fails_lookups_in_time_and_nothing_else() {
+    let silent = UdpSocket::bind("127.0.0.1:0").unwrap();
+    let proxy = with_server(silent.local_addr().unwrap(), "allow_internal = ['127.0.0.0/8']");
+    let target = echo();
+    let mut running = proxy.tunnel(None, target);
+    thread::scope(|scope| {
+        let lookups: Vec<_> = (0..rounds(100, 1000))
+            .map(|i| {
+                let proxy = &proxy;
+                scope.spawn(move || {
+                    let started = Instant::now();
+                    let reply = proxy.socks5(None, &named(&format!("n{i}.example"), 80)).err();
+                    (reply, started.elapsed())
+                })
+            })
+            .collect();
+        let deadline = Instant::now() + Duration::from_secs(1);
+        while Instant::now() < deadline {
+            ping(&mut running).unwrap();
+            ping(&mut proxy.tunnel(None, target)).unwrap();
+        }
+        for lookup in lookups {
+            let (reply, time) = lookup.join().unwrap();
+            assert_eq!(reply, Some(4));
+            assert!(time < Duration::from_secs(5), "{time:?}");
+        }
+    });
+}
+
+/// RELIABILITY F3: the address that was judged is the one that is dialled.
+#[test]
+fn a_name_that_changes_its_address_never_leads_inside() {
+    let (server, _) = name_server(Box::new(|_, number| {
+        // Public, then loopback, and so on; each question comes twice.
+        if number / 2 % 2 == 0 {
+            vec![[203, 0, 114, 1].into()]
+        } else {
+            vec![[127, 0, 0, 1].into()]
+        }
+    }));
+    let (sender, reached) = std::sync::mpsc::channel();
+    let inside = target(move |_| sender.send(()).unwrap());
+    let proxy = Setup::new()
+        .with(&format!("[dns]\nservers = ['{server}']\n[timeouts]\nconnect = '100ms'"))
+        .policy("")
+        .start();
+    for i in 0..rounds(200, 10_000) {
+        let reply = proxy.socks5(None, &named(&format!("r{i}.example"), inside.port())).err();
+        assert!(reply.is_some());
+    }
+    assert!(reached.try_recv().is_err(), "a dial reached loopback");
+}
+
+/// RELIABILITY E10.
+#[test]
+fn a_dead_family_does_not_hold_up_the_other() {
+    // 100::/64 is the discard-only prefix; here it has no route or no answer.
+    let zone: HashMap<&str, Vec<IpAddr>> =
+        HashMap::from([("both.example", vec!["::1".parse().unwrap(), [127, 0, 0, 1].into()])]);
+    let (server, _) =
+        name_server(Box::new(move |name, _| zone.get(name).cloned().unwrap_or_default()));
+    let proxy = with_server(server, "allow_internal = ['127.0.0.0/8', '::1/128']");
+    let port = echo().port();
+    let before = proxy.descriptors();
+    // Nothing listens on ::1; IPv4 answers.
+    for _ in 0..20 {
+        let started = Instant::now();
+        ping(&mut proxy.socks5(None, &named("both.example", port)).unwrap()).unwrap();
+        assert!(started.elapsed() < Duration::from_millis(400));
+    }
+    proxy.await_metric("culvert_sessions_active", 0.0);
+    crate::support::await_some("descriptors back", || {
+        (proxy.descriptors() <= before).then_some(())
+    });
+}
+
+#[test]
+fn a_missing_name_is_told_and_a_forward_says_502() {
+    let (server, _) = name_server(Box::new(|_, _| Vec::new()));
+    let proxy = with_server(server, "");
+    assert_eq!(proxy.socks5(None, &named("missing.example", 80)).err(), Some(4));
+    let mut stream = proxy.connect();
+    stream
+        .write_all(b"GET http://missing.example/ HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+        .unwrap();
+    let mut text = String::new();
+    stream.read_to_string(&mut text).unwrap();
+    assert!(text.starts_with("HTTP/1.1 502 "), "{text}");
+    assert!(proxy.await_records(2).iter().all(|record| record["end"] == "unresolved"));
+}

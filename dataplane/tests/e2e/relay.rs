@@ -1,0 +1,252 @@
+//! Moving bytes: half-close, resets, back-pressure, deadlines, rates.
+
+use std::{
+    io::{self, Read, Write},
+    net::{Shutdown, TcpStream},
+    sync::mpsc,
+    thread,
+    time::{Duration, Instant},
+};
+
+use crate::support::{
+    PATIENCE, Setup, await_some, echo, pattern, pause, ping, reset, rounds, target,
+};
+
+const MIB: usize = 1 << 20;
+
+/// RELIABILITY A1.
+#[test]
+fn half_a_connection_goes_on_when_the_other_half_has_ended() {
+    let proxy = Setup::new().start();
+    let upload = pattern(MIB);
+    let expected = upload.clone();
+    let target = target(move |mut stream| {
+        let mut got = Vec::new();
+        stream.read_to_end(&mut got).unwrap();
+        assert!(got == expected);
+        // Well after the client's end, so that only a proxy that keeps the half open passes.
+        pause(Duration::from_millis(200));
+        stream.write_all(&pattern(64 * MIB)).unwrap();
+    });
+    for round in 0..rounds(4, 200) {
+        let mut stream = if round % 2 == 0 {
+            proxy.tunnel(None, target)
+        } else {
+            let mut stream = proxy.connect();
+            write!(stream, "CONNECT {target} HTTP/1.1\r\nHost: x\r\n\r\n").unwrap();
+            stream.read_exact(&mut [0; 39]).unwrap();
+            stream
+        };
+        stream.write_all(&upload).unwrap();
+        stream.shutdown(Shutdown::Write).unwrap();
+        let mut got = Vec::new();
+        stream.read_to_end(&mut got).unwrap();
+        assert!(got == pattern(64 * MIB), "{} bytes", got.len());
+    }
+    let record = &proxy.await_records(1)[0];
+    assert_eq!(record["bytes_up"], MIB);
+    assert_eq!(record["bytes_down"], 64 * MIB);
+    assert_eq!(record["end"], "finished");
+    assert!(proxy.metric("culvert_spliced_total") > 0.0, "a long download is spliced");
+}
+
+/// RELIABILITY A2.
+#[test]
+fn half_closed_relays_with_a_silent_peer_end() {
+    let proxy = Setup::new().with("[timeouts]\nhalf_close = '1s'").start();
+    let silent = target(|stream| {
+        // Neither reads the end nor answers, until the proxy gives up.
+        let mut buffer = [0; 1];
+        let _ = stream.peek(&mut buffer);
+        pause(PATIENCE);
+    });
+    let before = proxy.descriptors();
+    let streams: Vec<TcpStream> = (0..rounds(200, 2000))
+        .map(|_| {
+            let stream = proxy.tunnel(None, silent);
+            stream.shutdown(Shutdown::Write).unwrap();
+            stream
+        })
+        .collect();
+    await_some("descriptors back", || (proxy.descriptors() <= before).then_some(()));
+    let ended = "culvert_sessions_total{protocol=\"socks5\",end=\"half_close_timeout\"}";
+    assert_eq!(proxy.metric(ended), streams.len() as f64);
+}
+
+/// RELIABILITY A3.
+#[test]
+fn a_reset_of_the_target_reaches_the_client_as_a_reset() {
+    let proxy = Setup::new().start();
+    let target = target(|mut stream| {
+        stream.write_all(&pattern(10 * MIB)).unwrap();
+        reset(stream);
+    });
+    let count = rounds(20, 500);
+    for _ in 0..count {
+        let mut stream = proxy.tunnel(None, target);
+        let error = io::copy(&mut stream, &mut io::sink()).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::ConnectionReset);
+    }
+    let records = proxy.await_records(count);
+    assert!(records.iter().all(|record| record["end"] == "upstream_reset"));
+}
+
+#[test]
+fn a_reset_of_the_client_reaches_the_target_as_a_reset() {
+    let proxy = Setup::new().start();
+    let (sender, errors) = mpsc::channel();
+    let target = target(move |mut stream| {
+        sender.send(io::copy(&mut stream, &mut io::sink()).map_err(|error| error.kind())).unwrap();
+    });
+    for _ in 0..rounds(20, 500) {
+        let mut stream = proxy.tunnel(None, target);
+        stream.write_all(b"some").unwrap();
+        reset(stream);
+        assert_eq!(errors.recv_timeout(PATIENCE).unwrap(), Err(io::ErrorKind::ConnectionReset));
+    }
+    assert_eq!(proxy.await_records(1)[0]["end"], "client_reset");
+}
+
+/// RELIABILITY A4.
+#[test]
+fn clients_that_never_read_cost_little_and_slow_nobody() {
+    let proxy = Setup::new().start();
+    let fast = target(|mut stream| while stream.write_all(&[1; 64 * 1024]).is_ok() {});
+    let target = echo();
+    let mut other = proxy.tunnel(None, target);
+    ping(&mut other).unwrap();
+    let before = proxy.memory();
+    let count = rounds(400, 1000);
+    let deaf: Vec<TcpStream> = (0..count).map(|_| proxy.tunnel(None, fast)).collect();
+    // Until the socket buffers are full and the counters stand still.
+    let mut moved = -1.0;
+    await_some("back-pressure", || {
+        pause(Duration::from_millis(300));
+        let now = proxy.metric("culvert_bytes_total{direction=\"down\"}");
+        (std::mem::replace(&mut moved, now) == now).then_some(())
+    });
+    let growth = proxy.memory().saturating_sub(before) as usize;
+    assert!(growth <= 64 * 1024 * count + 32 * MIB, "{} KiB a client", growth / count / 1024);
+    ping(&mut other).unwrap();
+    drop(deaf);
+}
+
+/// RELIABILITY A5: what the peer saw is what was counted, wherever a session is cut.
+#[test]
+fn a_cut_session_is_counted_to_the_byte() {
+    let proxy = Setup::new().start();
+    let (sender, received) = mpsc::channel();
+    let sink = target(move |mut stream| {
+        let mut total = 0u64;
+        let mut buffer = vec![0; 256 * 1024];
+        while let Ok(read @ 1..) = stream.read(&mut buffer) {
+            total += read as u64;
+        }
+        sender.send(total).unwrap();
+    });
+    let count = rounds(40, 10_000);
+    for round in 0..count {
+        let mut stream = proxy.tunnel(None, sink);
+        let sent = 1 + round * 37_813 % (3 * MIB);
+        stream.write_all(&pattern(sent)).unwrap();
+        // An orderly end after an odd number of bytes; every fourth time the client vanishes.
+        if round % 4 == 3 {
+            reset(stream)
+        } else {
+            drop(stream)
+        }
+        let record = proxy.await_records(round + 1).pop().unwrap();
+        let counted = record["bytes_up"].as_u64().unwrap();
+        let got = received.recv_timeout(PATIENCE).unwrap();
+        if record["end"] == "finished" {
+            assert_eq!((counted, got), (sent as u64, sent as u64));
+        } else {
+            // A reset throws away what the target had not read yet.
+            assert!(got <= counted && counted <= sent as u64, "{got} {counted} {sent}");
+        }
+    }
+}
+
+/// RELIABILITY A7.
+#[test]
+fn idle_relays_are_reaped_and_slow_ones_live() {
+    let proxy = Setup::new().with("[timeouts]\nidle = '2s'").start();
+    let target = echo();
+    let idle: Vec<TcpStream> = (0..100).map(|_| proxy.tunnel(None, target)).collect();
+    let mut slow = proxy.tunnel(None, target);
+    let started = Instant::now();
+    let reaper = thread::spawn(move || {
+        for mut stream in idle {
+            let error = stream.read(&mut [0]).unwrap_err();
+            assert_eq!(error.kind(), io::ErrorKind::ConnectionReset);
+        }
+        started.elapsed()
+    });
+    for _ in 0..10 {
+        pause(Duration::from_secs(1));
+        ping(&mut slow).unwrap();
+    }
+    let reaped = reaper.join().unwrap();
+    assert!((1500..4000).contains(&reaped.as_millis()), "{reaped:?}");
+    let ended = "culvert_sessions_total{protocol=\"socks5\",end=\"idle_timeout\"}";
+    assert_eq!(proxy.metric(ended), 100.0);
+}
+
+/// RELIABILITY D5.
+#[test]
+fn a_users_rate_holds_over_all_connections_and_cores() {
+    let limits = "limits = { up = '10Mbit/s', down = '10Mbit/s', burst = '100kB' }";
+    let proxy = Setup::new().user("ann", limits).start();
+    let source = target(|mut stream| while stream.write_all(&[1; 64 * 1024]).is_ok() {});
+    let time = Duration::from_secs(rounds(5, 10) as u64);
+    let flows: Vec<_> = (0..10)
+        .map(|_| {
+            let mut stream = proxy.tunnel(Some("ann"), source);
+            thread::spawn(move || {
+                let started = Instant::now();
+                let (mut total, mut first, mut buffer) = (0, 0, vec![0; 64 * 1024]);
+                while started.elapsed() < time {
+                    let read = stream.read(&mut buffer).unwrap() as u64;
+                    total += read;
+                    if started.elapsed() < Duration::from_secs(1) {
+                        first += read;
+                    }
+                }
+                (total, first, (started, Instant::now()))
+            })
+        })
+        .collect();
+    let flows: Vec<_> = flows.into_iter().map(|flow| flow.join().unwrap()).collect();
+    // As long as it really took, from the first flow's begin to the last one's end.
+    let begun = flows.iter().map(|(.., (begun, _))| *begun).min().unwrap();
+    let ended = flows.iter().map(|(.., (_, ended))| *ended).max().unwrap();
+    let seconds = (ended - begun).as_secs_f64();
+    let total: u64 = flows.iter().map(|(total, ..)| total).sum();
+    let first: u64 = flows.iter().map(|(_, first, _)| first).sum();
+    let rate = (total as f64 - 100_000.0) / seconds;
+    assert!((rate / 1_250_000.0 - 1.0).abs() <= 0.03, "{rate} bytes a second");
+    assert!(first <= 1_250_000 + 100_000 + 37_500, "{first} bytes in the first second");
+    let squares: f64 = flows.iter().map(|(total, ..)| (*total as f64).powi(2)).sum();
+    let jain = (total as f64).powi(2) / (10.0 * squares);
+    assert!(jain >= 0.95, "Jain's index {jain}: {flows:?}");
+}
+
+#[test]
+fn a_lower_rate_holds_at_once_for_running_sessions() {
+    let mut proxy = Setup::new().user("ann", "limits = { down = '100MB/s' }").start();
+    let source = target(|mut stream| while stream.write_all(&[1; 64 * 1024]).is_ok() {});
+    let mut stream = proxy.tunnel(Some("ann"), source);
+    let mut read_for = |time: Duration| {
+        let (started, mut total, mut buffer) = (Instant::now(), 0, vec![0; 64 * 1024]);
+        while started.elapsed() < time {
+            total += stream.read(&mut buffer).unwrap();
+        }
+        total
+    };
+    assert!(read_for(Duration::from_secs(1)) > 10 * MIB);
+    proxy.reload(|_| Setup::new().user("ann", "limits = { down = '1MB/s' }"));
+    // What lies in the socket buffers was moved before.
+    read_for(Duration::from_secs(2));
+    let total = read_for(Duration::from_secs(2));
+    assert!((1_000_000..3_000_000).contains(&total), "{total}");
+}

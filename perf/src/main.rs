@@ -1,0 +1,93 @@
+//! The load generator and the scenario runner: see `perf/README.md` for the method.
+
+mod load;
+mod peer;
+mod process;
+mod report;
+mod target;
+
+use std::{path::PathBuf, time::Duration};
+
+use anyhow::Context;
+use clap::{Parser, ValueEnum};
+
+use crate::{
+    load::{Load, Sample},
+    peer::{Kind, Peer},
+    report::Report,
+};
+
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
+/// Runs scenarios against Culvert and its peers in turns, and prints ratios.
+#[derive(Debug, Parser)]
+struct Cli {
+    /// What to measure.
+    #[arg(long, value_enum, value_delimiter = ',', default_values_t = [Scenario::Bulk, Scenario::Echo, Scenario::Churn, Scenario::Idle])]
+    scenario: Vec<Scenario>,
+    /// Whom to measure; those that are not installed are left out.
+    #[arg(long, value_enum, value_delimiter = ',', default_values_t = Kind::ALL)]
+    peer: Vec<Kind>,
+    /// The culvert program.
+    #[arg(long, default_value = "target/release/culvert")]
+    culvert: PathBuf,
+    /// Rounds; medians are printed.
+    #[arg(long, default_value_t = 5)]
+    rounds: usize,
+    /// Seconds a round.
+    #[arg(long, default_value_t = 3.0)]
+    seconds: f64,
+    /// Idle sessions.
+    #[arg(long, default_value_t = 9000)]
+    sessions: usize,
+    /// What drives culvert's workers: auto, io_uring or epoll.
+    #[arg(long, default_value = "auto")]
+    driver: String,
+}
+
+/// What is measured.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Scenario {
+    /// Two streams down and two up.
+    Bulk,
+    /// 64 sessions that exchange 128 bytes.
+    Echo,
+    /// Sessions that connect, exchange one byte and close.
+    Churn,
+    /// Many sessions that do nothing.
+    Idle,
+}
+
+fn main() -> anyhow::Result<()> {
+    let cli = Cli::parse();
+    process::raise_descriptor_limit();
+    let target = target::start()?;
+    let folder = tempfile::tempdir()?;
+    for scenario in &cli.scenario {
+        let mut report = Report::new(*scenario);
+        let peers: Vec<Kind> =
+            cli.peer.iter().copied().filter(|kind| kind.takes_part(*scenario)).collect();
+        for round in 0..cli.rounds {
+            // The order turns, so that nobody always follows the same neighbour.
+            for i in 0..peers.len() {
+                let kind = peers[(i + round) % peers.len()];
+                let started = Peer::start(kind, target, &cli.culvert, &cli.driver, folder.path());
+                let Some(peer) = started.with_context(|| kind.name())? else {
+                    report.absent(kind);
+                    continue;
+                };
+                let load = Load {
+                    peer: &peer,
+                    target,
+                    time: Duration::from_secs_f64(cli.seconds),
+                    sessions: cli.sessions,
+                };
+                let sample: Sample = load.run(*scenario).with_context(|| kind.name())?;
+                report.add(kind, sample);
+            }
+        }
+        println!("{report}");
+    }
+    Ok(())
+}
