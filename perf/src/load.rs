@@ -13,7 +13,12 @@ use tokio::{
     task::{JoinSet, LocalSet},
 };
 
-use crate::{Scenario, peer::Peer, process::Usage, target};
+use crate::{
+    Scenario,
+    peer::Peer,
+    process::{self, Usage},
+    target,
+};
 
 /// Sessions of the echo scenario.
 const ECHO_SESSIONS: usize = 64;
@@ -221,7 +226,10 @@ impl Load<'_> {
 }
 
 async fn stream_bulk(mut stream: TcpStream, up: bool, counts: Rc<Counts>) {
-    let mut block = vec![1u8; 256 * 1024];
+    let mut block = vec![1u8; target::BULK];
+    if !up {
+        process::receive_in_bulk(&stream, target::BULK);
+    }
     loop {
         let moved = if up { stream.write(&block).await } else { stream.read(&mut block).await };
         match moved {

@@ -84,6 +84,23 @@ pub(crate) fn raise_descriptor_limit() {
     }
 }
 
+/// Lets a receiver sleep until so many bytes are there (`SO_RCVLOWAT`), so that the receivers of a bulk
+/// load are not woken for every segment.
+#[allow(unsafe_code)]
+pub(crate) fn receive_in_bulk(socket: &impl std::os::fd::AsRawFd, bytes: usize) {
+    let bytes = bytes as libc::c_int;
+    // SAFETY: `bytes` is readable for the size passed.
+    unsafe {
+        libc::setsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_RCVLOWAT,
+            (&raw const bytes).cast(),
+            std::mem::size_of_val(&bytes) as libc::socklen_t,
+        );
+    }
+}
+
 /// Asks a process to end.
 #[allow(unsafe_code)]
 pub(crate) fn terminate(pid: u32) {

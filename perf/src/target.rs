@@ -2,6 +2,8 @@
 
 use std::{net::SocketAddr, thread};
 
+use crate::process::receive_in_bulk;
+
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::{TcpListener, TcpStream},
@@ -13,6 +15,9 @@ pub(crate) const DOWN: u8 = b'd';
 pub(crate) const UP: u8 = b'u';
 /// Sends back what it gets.
 pub(crate) const ECHO: u8 = b'e';
+
+/// Bytes that bulk senders and receivers move at once.
+pub(crate) const BULK: usize = 512 * 1024;
 
 /// Starts the target on a thread of its own.
 pub(crate) fn start() -> anyhow::Result<SocketAddr> {
@@ -44,13 +49,14 @@ async fn serve(listener: TcpListener) {
 async fn answer(mut stream: TcpStream) -> std::io::Result<()> {
     match stream.read_u8().await? {
         DOWN => {
-            let block = vec![7u8; 256 * 1024];
+            let block = vec![7u8; BULK];
             loop {
                 stream.write_all(&block).await?;
             }
         }
         UP => {
-            let mut block = vec![0u8; 256 * 1024];
+            receive_in_bulk(&stream, BULK);
+            let mut block = vec![0u8; BULK];
             while stream.read(&mut block).await? > 0 {}
         }
         _ => {

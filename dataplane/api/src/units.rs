@@ -98,7 +98,7 @@ impl Throttle {
 impl fmt::Display for ByteCount {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let exact = [("GB", 1_000_000_000), ("MB", 1_000_000), ("kB", 1_000)];
-        match exact.iter().find(|(_, factor)| self.0 > 0 && self.0 % factor == 0) {
+        match exact.iter().find(|(_, factor)| self.0 > 0 && self.0.is_multiple_of(*factor)) {
             Some((unit, factor)) => write!(f, "{}{unit}", self.0 / factor),
             None => write!(f, "{}B", self.0),
         }

@@ -18,6 +18,9 @@ use crate::{
     },
 };
 
+/// A part of a worker's counters.
+type Of<T> = fn(&WorkerCounters) -> &T;
+
 /// Renders the node's metrics.
 pub(super) struct Metrics {
     recorder: PrometheusRecorder,
@@ -85,7 +88,7 @@ impl Metrics {
         let _one = self.scrape.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
         metrics::with_local_recorder(&self.recorder, || set_all(node));
         let mut text = self.handle.render();
-        let histograms: [(&str, &str, fn(&WorkerCounters) -> &Histogram); 3] = [
+        let histograms: [(&str, &str, Of<Histogram>); 3] = [
             ("culvert_session_duration_seconds", "How long sessions lived", |c| {
                 &c.session_duration
             }),
@@ -138,7 +141,7 @@ fn set_all(node: &Node) {
     total("culvert_records_dropped_total", &|c| &c.records_dropped);
     counter!("culvert_records_written_total").absolute(node.access.written());
     counter!("culvert_records_lost_total").absolute(node.access.lost());
-    let lookups: [(&str, fn(&WorkerCounters) -> &Counter); 3] = [
+    let lookups: [(&str, Of<Counter>); 3] = [
         ("cache", |c| &c.dns_cached),
         ("server", |c| &c.dns_asked),
         ("refused", |c| &c.dns_refused),
@@ -169,12 +172,12 @@ fn set_workers(node: &Node) {
     for (index, worker) in node.workers.iter().enumerate() {
         let label = ("worker", index.to_string());
         let counters = &worker.counters;
-        gauge!("culvert_worker_snapshot_generation", &[label.clone()])
+        gauge!("culvert_worker_snapshot_generation", std::slice::from_ref(&label))
             .set(counters.generation.get() as f64);
-        gauge!("culvert_worker_sessions_active", &[label.clone()])
+        gauge!("culvert_worker_sessions_active", std::slice::from_ref(&label))
             .set(counters.sessions_active.get() as f64);
         if let Some(overflow) = worker.ring_fd.and_then(culvert_rt::cq_overflow) {
-            gauge!("culvert_worker_cq_overflow", &[label.clone()]).set(overflow as f64);
+            gauge!("culvert_worker_cq_overflow", std::slice::from_ref(&label)).set(overflow as f64);
         }
         let driver = ("driver", worker.driver.name().to_owned());
         gauge!("culvert_io_driver", &[label, driver]).set(1.0);

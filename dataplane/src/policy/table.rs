@@ -59,7 +59,7 @@ impl Table {
         Self::with_entries((keys.max(EXACT_MAX) * 2).next_power_of_two())
     }
 
-    /// A table for at most exactly `keys` keys at a time; at most [`EXACT_MAX`], as each look-up sees all.
+    /// A table for at most exactly `keys` keys at a time; at most 64, as each look-up sees all.
     pub fn exact(keys: usize) -> Self {
         Self::with_entries(keys.clamp(1, EXACT_MAX))
     }

@@ -94,7 +94,7 @@ impl Pump<'_> {
         {
             self.context.watch.guard(sleep(SPLICE_REST)).await.map_err(Cut::stopped)?;
         }
-        self.wait(self.from.socket.readable()).await?.map_err(|_| self.from_failed())
+        self.wait(self.from.socket.readable()).await?.map_err(|_| self.source_failed())
     }
 
     fn is_over(&self) -> bool {
@@ -109,11 +109,11 @@ impl Pump<'_> {
         self.context.watch.guard(ready).await.map_err(Cut::stopped)
     }
 
-    fn from_failed(&self) -> Cut {
+    fn source_failed(&self) -> Cut {
         Cut { cause: self.from.causes().reset, destination: false }
     }
 
-    fn to_failed(&self) -> Cut {
+    fn destination_failed(&self) -> Cut {
         Cut { cause: self.to.causes().reset, destination: true }
     }
 
@@ -180,7 +180,7 @@ impl Pump<'_> {
                 self.context.allowance.unused(self.direction, granted);
                 return match error.kind() {
                     io::ErrorKind::WouldBlock => Ok(Flow::On),
-                    _ => Err(self.from_failed()),
+                    _ => Err(self.source_failed()),
                 };
             }
         };
@@ -297,13 +297,13 @@ impl Pump<'_> {
         match error.kind() {
             io::ErrorKind::WouldBlock => {
                 let ready = self.wait(self.to.socket.writable()).await?;
-                ready.map_err(|_| self.to_failed())
+                ready.map_err(|_| self.destination_failed())
             }
             io::ErrorKind::Interrupted => Ok(()),
             // A send that was ended by a shutdown of ours fails too; the reason is the stop.
             _ => match self.context.watch.halted() {
                 Some(stopped) => Err(Cut::stopped(stopped)),
-                None => Err(self.to_failed()),
+                None => Err(self.destination_failed()),
             },
         }
     }
@@ -329,7 +329,7 @@ impl Pump<'_> {
                 Flow::On
             }
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => Flow::On,
-            Err(_) => return Err(self.from_failed()),
+            Err(_) => return Err(self.source_failed()),
         };
         let meter = self.context.meter;
         while !pipe.is_empty() {

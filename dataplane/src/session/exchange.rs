@@ -57,7 +57,7 @@ impl Session {
         self.early.replace(client.take_early());
 
         let early = upstream.take_early();
-        let response = response.borrow();
+        let response = response.replace(Response::new(forward.exchange));
         let status = response.status();
         if response.has_switched() && relayed.cause == Cause::Finished {
             // 101: from here on the two connections are a tunnel.

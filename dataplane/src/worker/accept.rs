@@ -99,12 +99,9 @@ fn hold_address(
     let held = table.hold(key, limits.sessions, now).map_err(|error| match error {
         TableError::Limit | TableError::Full => TurnedAway::AddressSessions,
     })?;
-    let rate = u64::from(limits.new_sessions_per_second);
-    if rate > 0 {
-        const SECOND: u64 = 1_000_000_000;
-        if !table.spend(key, SECOND / rate, SECOND, now) {
-            return Err(TurnedAway::AddressRate);
-        }
+    const SECOND: u64 = 1_000_000_000;
+    match SECOND.checked_div(limits.new_sessions_per_second.into()) {
+        Some(price) if !table.spend(key, price, SECOND, now) => Err(TurnedAway::AddressRate),
+        _ => Ok(held),
     }
-    Ok(held)
 }

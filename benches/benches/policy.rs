@@ -1,0 +1,123 @@
+//! Judging a request, finding a user, limiting; and compiling the snapshot.
+
+#![allow(missing_docs)]
+
+use std::hint::black_box;
+
+use criterion::{Criterion, criterion_group, criterion_main};
+use culvert::{
+    policy::{Bucket, OwnAddresses, Query, Snapshot, clock, compile},
+    settings::Settings,
+};
+use culvert_api::policy::{Access, Filter, Policy, Rule, RuleAction, User, When};
+use culvert_proto::{Protocol, Target};
+
+const HASH: &str = "$2b$10$C6UzMDM.H6dfI/f/IKcEeO7oc6YF/OQjL5cV6LJMVP8h3YLyYyEBe";
+
+fn users(count: usize) -> Vec<User> {
+    (0..count)
+        .map(|i| User {
+            name: format!("user{i}"),
+            password_hash: HASH.to_owned(),
+            status: Default::default(),
+            groups: vec![format!("group{}", i % 10)],
+            expires: None,
+            limits: Default::default(),
+        })
+        .collect()
+}
+
+fn snapshot(policy: &Policy) -> Snapshot {
+    compile(policy, Settings::default(), OwnAddresses::default(), 1, None).expect("a valid policy")
+}
+
+fn judge(snapshot: &Snapshot, user: &str, target: &Target) {
+    let query = Query {
+        user: snapshot.directory.find(user.as_bytes()),
+        client: [198, 51, 100, 1].into(),
+        protocol: Protocol::Socks5,
+        target,
+    };
+    black_box(snapshot.authorize(black_box(query), &[], 1_800_000_000));
+}
+
+fn filters(c: &mut Criterion) {
+    for count in [10, 1_000, 100_000] {
+        let third = count / 3;
+        let filter = Filter {
+            domain: (0..third).map(|i| format!("host{i}.exact.example")).collect(),
+            domain_suffix: (0..third).map(|i| format!("zone{i}.suffix.example")).collect(),
+            cidr: (0..third)
+                .map(|i| format!("11.{}.{}.0/24", i >> 8 & 255, i & 255).parse().expect("a net"))
+                .collect(),
+            ..Filter::default()
+        };
+        let policy = Policy { filter: vec![filter], user: users(count), ..Policy::default() };
+        let snapshot = snapshot(&policy);
+        let address = Target::parse(b"93.184.216.34:443").expect("a target");
+        let name = Target::parse(b"www.not-listed.example:443").expect("a target");
+        c.bench_function(
+            &format!("look-up of an address, {count} filter entries and users"),
+            |b| {
+                b.iter(|| judge(&snapshot, "user7", &address));
+            },
+        );
+        c.bench_function(&format!("look-up of a name, {count} filter entries and users"), |b| {
+            b.iter(|| judge(&snapshot, "user7", &name));
+        });
+    }
+}
+
+fn rules(c: &mut Criterion) {
+    for count in [10, 1_000] {
+        let rule = (0..count)
+            .map(|i| Rule {
+                name: format!("rule{i}"),
+                when: When {
+                    group: vec![format!("group{}", i % 7)],
+                    domain_suffix: vec![format!("zone{i}.example")],
+                    ..When::default()
+                },
+                action: RuleAction::Deny,
+                ..Rule::default()
+            })
+            .collect();
+        let policy = Policy { rule, user: users(100), default: Access::Allow, ..Policy::default() };
+        let snapshot = snapshot(&policy);
+        let target = Target::parse(b"93.184.216.34:443").expect("a target");
+        let name = Target::parse(b"www.not-listed.example:443").expect("a target");
+        c.bench_function(&format!("{count} ordered rules, none matches an address"), |b| {
+            b.iter(|| judge(&snapshot, "user7", &target));
+        });
+        c.bench_function(&format!("{count} ordered rules, none matches a name"), |b| {
+            b.iter(|| judge(&snapshot, "user7", &name));
+        });
+    }
+}
+
+fn limiter(c: &mut Criterion) {
+    let bucket = Bucket::new(1 << 40, 1 << 30);
+    c.bench_function("limiter: reserve", |b| b.iter(|| black_box(bucket.reserve(16_384, clock()))));
+    let open = Bucket::default();
+    c.bench_function("limiter: nothing limited", |b| b.iter(|| black_box(open.is_open())));
+}
+
+fn compiling(c: &mut Criterion) {
+    let policy = Policy { user: users(100_000), ..Policy::default() };
+    let mut group = c.benchmark_group("compile");
+    group.sample_size(10);
+    group.bench_function("100,000 users from nothing", |b| b.iter(|| black_box(snapshot(&policy))));
+    let first = snapshot(&policy);
+    let mut edited = policy.clone();
+    edited.user[5].groups.clear();
+    group.bench_function("100,000 users, one changed", |b| {
+        b.iter(|| {
+            let settings = Settings::default();
+            black_box(compile(&edited, settings, OwnAddresses::default(), 2, Some(&first)).is_ok())
+        });
+    });
+    group.finish();
+}
+
+criterion_group!(benches, filters, rules, limiter, compiling);
+criterion_main!(benches);
