@@ -101,11 +101,11 @@ pub fn run(config: Config, source: Source) -> anyhow::Result<()> {
     let logging = crate::log::start(&config.log)?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(async {
+        let signals = reload::Signals::install()?;
         let (drain, drained) = mpsc::channel(1);
         let node = Arc::new(Node::start(&config, drain).await?);
         crate::admin::start(&node, &config).await?;
-        node.announce();
-        reload::serve(&node, source, drained).await
+        reload::serve(&node, source, signals, drained).await
     })?;
     // Writes what is left.
     drop(logging);

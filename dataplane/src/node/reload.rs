@@ -11,7 +11,7 @@ use notify::{
     event::{AccessKind, AccessMode},
 };
 use tokio::{
-    signal::unix::{SignalKind, signal},
+    signal::unix::{Signal, SignalKind, signal},
     sync::mpsc,
 };
 
@@ -32,20 +32,37 @@ pub enum Source {
     CommandLine,
 }
 
+/// What a node may be told from outside. Made before the node says that it is ready.
+pub(super) struct Signals {
+    terminate: Signal,
+    interrupt: Signal,
+    hang_up: Signal,
+}
+
+impl Signals {
+    pub(super) fn install() -> std::io::Result<Self> {
+        Ok(Self {
+            terminate: signal(SignalKind::terminate())?,
+            interrupt: signal(SignalKind::interrupt())?,
+            hang_up: signal(SignalKind::hangup())?,
+        })
+    }
+}
+
 /// Serves until the node is to end, then drains it.
 pub(super) async fn serve(
     node: &Arc<Node>,
     source: Source,
+    signals: Signals,
     mut drain: mpsc::Receiver<()>,
 ) -> anyhow::Result<()> {
-    let mut terminate = signal(SignalKind::terminate())?;
-    let mut interrupt = signal(SignalKind::interrupt())?;
-    let mut hang_up = signal(SignalKind::hangup())?;
+    let Signals { mut terminate, mut interrupt, mut hang_up } = signals;
     let (changed, mut changes) = mpsc::channel(1);
     let _watcher = match &source {
         Source::File(path) => watch(path, changed),
         Source::CommandLine => None,
     };
+    node.announce();
     loop {
         tokio::select! {
             _ = terminate.recv() => break,

@@ -98,7 +98,7 @@ fn a_full_node_says_so_in_the_clients_protocol() {
 /// RELIABILITY B8. Real kernels refuse rings in these ways; strace makes this one do so.
 #[test]
 fn without_a_ring_the_node_runs_on_epoll_and_says_why() {
-    if std::env::var("CULVERT_TEST_DRIVER").is_ok_and(|driver| driver == "epoll") {
+    if std::env::var("TEST_DRIVER").is_ok_and(|driver| driver == "epoll") {
         return;
     }
     for (inject, remedy) in [
@@ -135,7 +135,7 @@ fn without_a_ring_the_node_runs_on_epoll_and_says_why() {
 /// RELIABILITY B7: a busy ring is waited for, not panicked at.
 #[test]
 fn a_busy_ring_loses_nothing() {
-    if std::env::var("CULVERT_TEST_DRIVER").is_ok_and(|driver| driver == "epoll") {
+    if std::env::var("TEST_DRIVER").is_ok_and(|driver| driver == "epoll") {
         return;
     }
     let proxy = Setup::new()
@@ -207,7 +207,7 @@ fn replies_tell_how_the_network_failed() {
 
     // The proxy and its client both live in the namespace; curl reports the reply's code.
     let config = folder.path().join("c.toml");
-    let driver = std::env::var("CULVERT_TEST_DRIVER").unwrap_or_else(|_| "auto".into());
+    let driver = std::env::var("TEST_DRIVER").unwrap_or_else(|_| "auto".into());
     let text = format!(
         "[node]\nstate_dir = '{}'\ndriver = '{driver}'\n[timeouts]\nconnect = '2s'\n[[listener]]\n\
          bind = '127.0.0.1:1082'\nauth = ['none']\n[policy]\nallow_internal = ['10.99.0.0/24']\n",

@@ -1,5 +1,5 @@
 //! The whole product over loopback: the real program, real sockets. The suite runs on io_uring, and on
-//! epoll with `CULVERT_TEST_DRIVER=epoll`.
+//! epoll with `TEST_DRIVER=epoll`.
 
 #![allow(missing_docs, unreachable_pub, clippy::unwrap_used)]
 

@@ -85,7 +85,7 @@ impl Setup {
     }
 
     fn text(&self, state: &Path, bind: &str) -> String {
-        let driver = std::env::var("CULVERT_TEST_DRIVER").unwrap_or_else(|_| "auto".into());
+        let driver = std::env::var("TEST_DRIVER").unwrap_or_else(|_| "auto".into());
         let node = if self.head.contains("[node]") { "" } else { "[node]\n" };
         let keys = format!("{node}state_dir = '{}'\ndriver = '{driver}'\n", state.display());
         let head = match self.head.split_once("[node]\n") {
@@ -421,7 +421,7 @@ pub fn reset(stream: TcpStream) {
 
 /// How many rounds of a test that proves more the longer it runs: many in a soak.
 pub fn rounds(few: usize, many: usize) -> usize {
-    if std::env::var_os("CULVERT_SOAK").is_some() { many } else { few }
+    if std::env::var_os("SOAK").is_some() { many } else { few }
 }
 
 /// Bytes that differ from place to place.
