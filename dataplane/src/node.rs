@@ -342,7 +342,7 @@ impl Node {
         let mut bytes = Vec::new();
         for user in snapshot.directory.users() {
             if let Some(remembered) = user.credential.remembered() {
-                bytes.extend_from_slice(&user.id.0.to_le_bytes());
+                bytes.extend_from_slice(&user.credential.digest());
                 bytes.extend_from_slice(&remembered);
             }
         }
@@ -352,7 +352,8 @@ impl Node {
     }
 }
 
-const REMEMBERED_ENTRY: usize = 8 + 32;
+/// A digest of the password hash, and what is remembered of the password.
+const REMEMBERED_ENTRY: usize = 32 + 32;
 
 fn remembered_path(state_dir: &Path) -> PathBuf {
     state_dir.join("remembered-logins")
@@ -364,21 +365,20 @@ fn write_private(path: &Path, bytes: &[u8]) -> std::io::Result<()> {
     options.write(true).create(true).truncate(true).mode(0o600).open(path)?.write_all(bytes)
 }
 
-/// Takes back what was kept; what does not fit a user is left out. A hash under another key or of
-/// another password matches nothing.
+/// Takes back what was kept, for users whose password hash is still the same.
 fn recall(snapshot: &Snapshot, state_dir: Option<&Path>) {
     let Some(bytes) = state_dir.and_then(|dir| std::fs::read(remembered_path(dir)).ok()) else {
         return;
     };
-    let known: std::collections::HashMap<u64, [u8; 32]> = bytes
+    let known: std::collections::HashMap<[u8; 32], [u8; 32]> = bytes
         .chunks_exact(REMEMBERED_ENTRY)
         .filter_map(|entry| {
-            let (id, hash) = entry.split_at(8);
-            Some((u64::from_le_bytes(id.try_into().ok()?), hash.try_into().ok()?))
+            let (digest, remembered) = entry.split_at(32);
+            Some((digest.try_into().ok()?, remembered.try_into().ok()?))
         })
         .collect();
     for user in snapshot.directory.users() {
-        if let Some(remembered) = known.get(&user.id.0) {
+        if let Some(remembered) = known.get(&user.credential.digest()) {
             user.credential.recall(*remembered);
         }
     }

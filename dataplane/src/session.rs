@@ -172,7 +172,7 @@ impl Session {
                     return Ok(handshake);
                 }
                 if told.is_ok() {
-                    self.linger().await;
+                    Box::pin(self.linger()).await;
                 }
                 return Err(end);
             }
@@ -188,13 +188,14 @@ impl Session {
         }
         match &request.command {
             Command::Forward(forward) => {
-                let exchanged = self.exchange(&mut *handshake, forward, &permit, &dialled).await;
+                let exchange = self.exchange(&mut *handshake, forward, &permit, &dialled);
+                let exchanged = Box::pin(exchange).await;
                 record.status = exchanged.status;
                 record.finish(self, exchanged.end);
                 self.live.exchanged();
                 if !exchanged.client_stays || self.worker.is_draining() {
                     if exchanged.unread {
-                        self.linger().await;
+                        Box::pin(self.linger()).await;
                     }
                     return Err(exchanged.end);
                 }
@@ -203,7 +204,7 @@ impl Session {
                 Ok(handshake)
             }
             _ => {
-                let end = self.tunnel(handshake, dialled).await;
+                let end = Box::pin(self.tunnel(handshake, dialled)).await;
                 record.finish(self, end);
                 Err(end)
             }

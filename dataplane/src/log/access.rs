@@ -15,7 +15,7 @@ use crossbeam::queue::ArrayQueue;
 use crate::{config::LogConfig, session::Record};
 
 /// How often the queues are looked at.
-const PAUSE: Duration = Duration::from_millis(50);
+const PAUSE: Duration = Duration::from_millis(200);
 
 /// The writer of access records.
 pub struct AccessLog {

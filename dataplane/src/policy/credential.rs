@@ -123,6 +123,11 @@ impl Credential {
         let _ = self.remembered.set(self.keyed(key, password));
     }
 
+    /// A digest of the password hash, to tell whether what was kept belongs to it.
+    pub fn digest(&self) -> [u8; 32] {
+        *blake3::hash(self.hash.as_bytes()).as_bytes()
+    }
+
     /// The remembered hash, to be kept over a restart.
     pub fn remembered(&self) -> Option<[u8; 32]> {
         self.remembered.get().map(|hash| *hash.as_bytes())

@@ -69,16 +69,17 @@ impl Pump<'_> {
     /// # Errors
     /// Why it was cut.
     pub(super) async fn run(&self) -> Result<(), Cut> {
-        self.send_own(&self.from.take_lead()).await?;
-        if self.early().await? == Flow::Ended || self.is_over() {
+        // What a step needs is boxed: a relay that waits holds none of it.
+        Box::pin(self.send_own(&self.from.take_lead())).await?;
+        if Box::pin(self.early()).await? == Flow::Ended || self.is_over() {
             return Ok(());
         }
         let mut way = Way::Small;
         loop {
             self.ready(way).await?;
             let flow = match way {
-                Way::Splice(lean) => self.splice(lean, &mut way).await?,
-                _ => self.copy(&mut way).await?,
+                Way::Splice(lean) => Box::pin(self.splice(lean, &mut way)).await?,
+                _ => Box::pin(self.copy(&mut way)).await?,
             };
             if flow == Flow::Ended {
                 return Ok(());

@@ -63,7 +63,7 @@ impl Session {
             // 101: from here on the two connections are a tunnel.
             let client = Leg::client(&self.client, self.early.take());
             let upstream = Leg::upstream(&dialled.socket, early);
-            let end = self.relay(&client, &upstream).await;
+            let end = Box::pin(self.relay(&client, &upstream)).await;
             if end.cause.cuts() {
                 dialled.socket.reset_on_close();
             }

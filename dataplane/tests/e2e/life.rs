@@ -94,9 +94,34 @@ fn verified_logins_survive_a_restart() {
     proxy.signal("-TERM");
     proxy.await_end();
     let kept = std::fs::read(proxy.folder.path().join("remembered-logins")).unwrap();
-    assert_eq!(kept.len(), 40);
+    assert_eq!(kept.len(), 64);
     let key = proxy.folder.path().join("credential.key");
     assert_eq!(std::fs::metadata(&key).unwrap().permissions().mode() & 0o777, 0o600);
+}
+
+/// What was kept of an old password must not stand in the way of the new one: only the first login of a
+/// restarted node is hashed.
+#[test]
+fn a_password_changed_while_the_node_was_down_is_remembered_anew() {
+    let mut proxy = Setup::new().user("ann", "").start();
+    let target = Target::from(echo());
+    assert!(proxy.socks5(Some(("ann", PASSWORD)), &target).is_ok());
+    proxy.signal("-TERM");
+    proxy.await_end();
+    let kept = std::fs::read(proxy.folder.path().join("remembered-logins")).unwrap();
+    let key = std::fs::read(proxy.folder.path().join("credential.key")).unwrap();
+    let again = Setup::new()
+        .with("[auth]\nfailures_per_address = '1/1h'")
+        .state("remembered-logins", &kept)
+        .state("credential.key", &key)
+        .rehashed_user("ann")
+        .start();
+    for _ in 0..5 {
+        assert!(again.socks5(Some(("ann", PASSWORD)), &target).is_ok());
+    }
+    // A guess uses up the throttle; whoever is remembered is not held up by it.
+    assert_eq!(again.socks5(Some(("ann", "guess")), &target).err(), Some(255));
+    assert!(again.socks5(Some(("ann", PASSWORD)), &target).is_ok());
 }
 
 #[test]

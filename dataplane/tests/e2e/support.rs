@@ -29,6 +29,7 @@ pub struct Setup {
     policy: String,
     wrapper: Vec<String>,
     program: PathBuf,
+    state: Vec<(String, Vec<u8>)>,
 }
 
 impl Setup {
@@ -40,6 +41,7 @@ impl Setup {
             policy: "[policy]\nallow_internal = ['127.0.0.0/8', '::1/128']\n".into(),
             wrapper: Vec::new(),
             program: env!("CARGO_BIN_EXE_culvert").into(),
+            state: Vec::new(),
         }
     }
 
@@ -72,6 +74,18 @@ impl Setup {
     /// Adds a user with the password `secret`.
     pub fn user(self, name: &str, more: &str) -> Self {
         self.and(&format!("[[policy.user]]\nname = '{name}'\npassword_hash = '{HASH}'\n{more}"))
+    }
+
+    /// The same, with another hash of the same password.
+    pub fn rehashed_user(self, name: &str) -> Self {
+        let hash = HASH.replace("$2b$", "$2y$");
+        self.and(&format!("[[policy.user]]\nname = '{name}'\npassword_hash = '{hash}'"))
+    }
+
+    /// Puts a file into the state directory before the start.
+    pub fn state(mut self, name: &str, bytes: &[u8]) -> Self {
+        self.state.push((name.to_owned(), bytes.to_vec()));
+        self
     }
 
     /// Runs the node through another program, such as strace.
@@ -121,6 +135,9 @@ impl TestProxy {
         let folder = tempfile::tempdir().unwrap();
         let config = folder.path().join("culvert.toml");
         fs::write(&config, setup.text(folder.path(), "127.0.0.1:0")).unwrap();
+        for (name, bytes) in &setup.state {
+            fs::write(folder.path().join(name), bytes).unwrap();
+        }
         let mut words = setup.wrapper.clone();
         words.push(setup.program.display().to_string());
         let mut child = Command::new(&words[0])
