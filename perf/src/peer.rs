@@ -5,6 +5,7 @@ use std::{
     net::{SocketAddr, TcpListener, TcpStream as StdStream},
     path::Path,
     process::{Child, Command, Stdio},
+    sync::atomic::{AtomicU16, Ordering::Relaxed},
     time::{Duration, Instant},
 };
 
@@ -94,7 +95,7 @@ impl Peer {
         if kind == Kind::Direct {
             return Ok(Some(Self { kind, address: target, child: None }));
         }
-        let address = TcpListener::bind("127.0.0.1:0")?.local_addr()?;
+        let address = free_address()?;
         let folder = folder.join(kind.name());
         fs::create_dir_all(&folder)?;
         let Some(mut command) = command(kind, address, target, culvert, driver, &folder)? else {
@@ -179,6 +180,18 @@ impl Drop for Peer {
     }
 }
 
+/// A free port below those the kernel gives to clients: churn leaves all of these in TIME_WAIT.
+fn free_address() -> anyhow::Result<SocketAddr> {
+    static NEXT: AtomicU16 = AtomicU16::new(20_000);
+    for _ in 0..1_000 {
+        let address = SocketAddr::from(([127, 0, 0, 1], NEXT.fetch_add(1, Relaxed)));
+        if TcpListener::bind(address).is_ok() {
+            return Ok(address);
+        }
+    }
+    anyhow::bail!("no free port between 20000 and 21000")
+}
+
 fn command(
     kind: Kind,
     address: SocketAddr,
@@ -233,7 +246,7 @@ fn culvert_config(address: SocketAddr, driver: &str, folder: &Path) -> anyhow::R
     let folder = folder.display();
     Ok(format!(
         "[node]\nstate_dir = '{folder}'\ndriver = '{driver}'\n[[listener]]\nbind = '{address}'\n\
-         [admin]\nbind = '127.0.0.1:0'\n\
+         [admin]\nbind = 'none'\n\
          [limits]\nsessions_per_address = 100000\nnew_sessions_per_second_per_address = 1000000\n\
          [policy]\nallow_internal = ['127.0.0.0/8']\n\
          [[policy.user]]\nname = '{USER}'\npassword_hash = '{hash}'\n\
