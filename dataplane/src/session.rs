@@ -178,7 +178,7 @@ impl Session {
             }
         };
         self.live.connected(&permit, dialled.address);
-        // A snapshot that came while dialling has not judged this session.
+        // A snapshot published during the dial could not judge what was not connected yet.
         let snapshot = self.worker.snapshot();
         if permit.generation() != snapshot.generation && !self.live.is_allowed(&snapshot) {
             let end = End::new(Stage::Policy, Cause::Revoked);
