@@ -39,7 +39,7 @@ pub use pipe::{PIPE_BYTES, PIPES_MAX, Pipe, set_pipes_max};
 pub use process::{descriptor_limit, lower_priority, raise_descriptor_limit, thread_name};
 pub use runtime::{Driver, DriverChoice, Runtime, RuntimeError, RuntimeOptions, cq_overflow};
 pub use signal::Signal;
-pub use socket::{Socket, TcpInfo};
+pub use socket::Socket;
 pub use task::{panics_total, spawn};
 
 /// Lets other tasks of the worker run. On the ring every send and every wait is an operation, so tasks

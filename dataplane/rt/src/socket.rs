@@ -139,36 +139,9 @@ impl Socket {
         self.borrow(|socket| address(socket.local_addr()?))
     }
 
-    /// The peer's address.
-    pub fn peer_addr(&self) -> io::Result<SocketAddr> {
-        self.borrow(|socket| address(socket.peer_addr()?))
-    }
-
     /// Takes the pending error (`SO_ERROR`).
     pub fn take_error(&self) -> io::Result<Option<io::Error>> {
         self.borrow(|socket| socket.take_error())
-    }
-
-    /// The kernel's view of the connection (`TCP_INFO`), for an explanation of a session.
-    pub fn tcp_info(&self) -> Option<TcpInfo> {
-        // SAFETY: an all-zero `tcp_info` is valid, and `len` is its size.
-        let (info, got) = unsafe {
-            let mut info: libc::tcp_info = std::mem::zeroed();
-            let mut len = std::mem::size_of::<libc::tcp_info>() as libc::socklen_t;
-            let got = libc::getsockopt(
-                self.raw_fd(),
-                libc::IPPROTO_TCP,
-                libc::TCP_INFO,
-                (&raw mut info).cast(),
-                &mut len,
-            );
-            (info, got)
-        };
-        (got == 0).then(|| TcpInfo {
-            round_trip: Duration::from_micros(info.tcpi_rtt.into()),
-            retransmits: info.tcpi_total_retrans,
-            congestion_window: info.tcpi_snd_cwnd,
-        })
     }
 
     fn borrow<T>(&self, f: impl FnOnce(&socket2::Socket) -> io::Result<T>) -> io::Result<T> {
@@ -184,17 +157,6 @@ impl Drop for Socket {
         let stream = unsafe { ManuallyDrop::take(self.stream.get_mut()) };
         drop(stream);
     }
-}
-
-/// Parts of `TCP_INFO`.
-#[derive(Debug, Clone, Copy)]
-pub struct TcpInfo {
-    /// Smoothed round-trip time.
-    pub round_trip: Duration,
-    /// Segments sent again, over the connection's life.
-    pub retransmits: u32,
-    /// Congestion window in segments.
-    pub congestion_window: u32,
 }
 
 /// The IP address in a socket address; the other families have no place in a proxy.
