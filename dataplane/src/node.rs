@@ -98,6 +98,7 @@ pub struct WorkerHandle {
 /// # Errors
 /// What keeps the node from starting, with the next step.
 pub fn run(config: Config, source: Source) -> anyhow::Result<()> {
+    culvert_rt::refuse_huge_pages();
     let logging = crate::log::start(&config.log)?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(async {

@@ -56,6 +56,17 @@ pub struct Relayed {
     pub spliced: bool,
 }
 
+/// What the two directions of a relay share.
+struct Course<'a> {
+    context: &'a Context<'a>,
+    until: Until,
+    /// The first failure.
+    first: Cell<Option<Cause>>,
+    /// A direction has ended in order.
+    half_closed: Cell<bool>,
+    spliced: Cell<bool>,
+}
+
 /// Relays until it is over.
 pub async fn relay(
     client: &Leg<'_>,
@@ -63,61 +74,52 @@ pub async fn relay(
     context: &Context<'_>,
     until: Until,
 ) -> Relayed {
-    let first = Cell::new(None);
-    let spliced = Cell::new(false);
-    let ended = Cell::new(false);
-    let pump = |from, to, direction| Pump { from, to, direction, context, spliced: &spliced };
-    let pass_on = until == Until::BothEnd;
-    let up = async {
-        let end = pump(client, upstream, Direction::Up).run().await;
-        finish(context, &first, &ended, end, pass_on, upstream);
-        end
+    let course = Course {
+        context,
+        until,
+        first: Cell::new(None),
+        half_closed: Cell::new(false),
+        spliced: Cell::new(false),
     };
-    let down = async {
-        let end = pump(upstream, client, Direction::Down).run().await;
-        finish(context, &first, &ended, end, pass_on, client);
-        if until == Until::AnswerEnds {
-            // The answer may come before the request is all said; its rest is not read.
-            context.watch.interrupt(Cause::Finished.code());
-        }
-        end
-    };
-    let (up, down) = join(up, down).await;
+    let up = Pump { from: client, to: upstream, direction: Direction::Up, course: &course };
+    let down = Pump { from: upstream, to: client, direction: Direction::Down, course: &course };
+    let (up, down) = join(up.run(), down.run()).await;
     context.watch.clear_interrupt();
     // A target that answers and closes before it has read all of the request has answered.
     let answered = until == Until::AnswerEnds && down.is_ok();
+    let cause = if answered { None } else { course.first.get() };
     Relayed {
-        cause: if answered { Cause::Finished } else { first.get().unwrap_or(Cause::Finished) },
+        cause: cause.unwrap_or(Cause::Finished),
         up_ended: up.is_ok(),
-        spliced: spliced.get(),
+        spliced: course.spliced.get(),
     }
 }
 
-/// One direction has ended: pass it on, or end the other too.
-fn finish(
-    context: &Context<'_>,
-    first: &Cell<Option<Cause>>,
-    ended: &Cell<bool>,
-    end: Result<(), Cut>,
-    pass_on: bool,
-    to: &Leg<'_>,
-) {
-    match end {
-        // After a failure this end is no orderly one, and is not passed on as if it were.
-        Ok(()) if pass_on && first.get().is_none() => {
-            let _ = to.socket.shutdown_write();
-            if !ended.replace(true) {
-                context.watch.silence(context.half_close, Cause::HalfCloseTimeout.code());
+impl Course<'_> {
+    /// One direction has ended: pass it on, or end the other too.
+    fn finish(&self, direction: Direction, end: Result<(), Cut>, to: &Leg<'_>) {
+        let watch = self.context.watch;
+        match end {
+            // After a failure this end is no orderly one, and is not passed on as if it were.
+            Ok(()) if self.until == Until::BothEnd && self.first.get().is_none() => {
+                let _ = to.socket.shutdown_write();
+                if !self.half_closed.replace(true) {
+                    watch.silence(self.context.half_close, Cause::HalfCloseTimeout.code());
+                }
+            }
+            Ok(()) | Err(Cut { cause: Cause::Finished, .. }) => {}
+            Err(cut) => {
+                self.first.set(self.first.get().or(Some(cut.cause)));
+                if cut.destination {
+                    watch.silence(self.context.half_close, Cause::HalfCloseTimeout.code());
+                } else {
+                    watch.interrupt(cut.cause.code());
+                }
             }
         }
-        Ok(()) | Err(Cut { cause: Cause::Finished, .. }) => {}
-        Err(cut) => {
-            first.set(first.get().or(Some(cut.cause)));
-            if cut.destination {
-                context.watch.silence(context.half_close, Cause::HalfCloseTimeout.code());
-            } else {
-                context.watch.interrupt(cut.cause.code());
-            }
+        if self.until == Until::AnswerEnds && direction == Direction::Down {
+            // The answer may come before the request is all said; its rest is not read.
+            watch.interrupt(Cause::Finished.code());
         }
     }
 }

@@ -15,6 +15,7 @@ mod record;
 
 use std::{
     cell::{Cell, RefCell},
+    io,
     net::SocketAddr,
     rc::Rc,
     sync::Arc,
@@ -80,54 +81,68 @@ struct Times {
     requested: Cell<Option<Instant>>,
 }
 
-/// An upstream connection kept between exchanges.
-struct Kept {
-    dialled: Dialled,
+/// An upstream connection and the permit it was made under. Boxed, so that no future holds it twice.
+struct Established {
     permit: Permit,
+    dialled: Dialled,
 }
 
-/// Runs a session from accept to record.
-pub async fn run(
+/// A session from accept to record.
+pub fn run(
     worker: Rc<Worker>,
-    (index, listener): (usize, Arc<ListenerRules>),
+    listener: (usize, Arc<ListenerRules>),
     accepted: Accepted,
     place: Place,
-) {
-    let Ok(client) = Socket::from_fd(accepted.fd) else { return };
-    let watch = Watch::new();
-    let timeouts = worker.snapshot().settings.timeouts;
-    watch.stage(timeouts.handshake, Cause::HandshakeTimeout.code());
-    if let Some(lifetime) = timeouts.lifetime {
-        watch.life(lifetime, Cause::Lifetime.code());
+) -> impl Future<Output = ()> {
+    // Made before the future, which would otherwise hold every part twice.
+    let session = Session::begin(worker, listener, accepted, place);
+    async move {
+        if let Ok(session) = &session {
+            let end = session.serve().await;
+            session.close(end);
+        }
     }
-    let times =
-        Times { accepted: Instant::now(), wall: SystemTime::now(), requested: Cell::new(None) };
-    let live = Live::enter(&worker, (index, &listener), accepted.peer, &watch, times.accepted);
-    if worker.is_draining() {
-        // The drain came between accept and now.
-        watch.stop(Cause::Drained.code());
-    }
-    let session = Session {
-        meter: worker.ledger.open(),
-        client,
-        peer: accepted.peer,
-        watch,
-        live,
-        times,
-        early: RefCell::default(),
-        protocol: Cell::new(None),
-        login: RefCell::default(),
-        refused: place.node.refusing,
-        _place: place,
-        ended: Cell::new(false),
-        listener,
-        worker,
-    };
-    let end = session.serve().await;
-    session.close(end);
 }
 
 impl Session {
+    fn begin(
+        worker: Rc<Worker>,
+        (index, listener): (usize, Arc<ListenerRules>),
+        accepted: Accepted,
+        place: Place,
+    ) -> io::Result<Self> {
+        let client = Socket::from_fd(accepted.fd)?;
+        let watch = Watch::new();
+        let timeouts = worker.snapshot().settings.timeouts;
+        watch.stage(timeouts.handshake, Cause::HandshakeTimeout.code());
+        if let Some(lifetime) = timeouts.lifetime {
+            watch.life(lifetime, Cause::Lifetime.code());
+        }
+        let times =
+            Times { accepted: Instant::now(), wall: SystemTime::now(), requested: Cell::new(None) };
+        let live = Live::enter(&worker, (index, &listener), accepted.peer, &watch, times.accepted);
+        if worker.is_draining() {
+            // The drain came between accept and now.
+            watch.stop(Cause::Drained.code());
+        }
+        Ok(Self {
+            meter: worker.ledger.open(),
+            client,
+            peer: accepted.peer,
+            watch,
+            live,
+            times,
+            early: RefCell::default(),
+            protocol: Cell::new(None),
+            login: RefCell::default(),
+            refused: place.node.refusing,
+            _place: place,
+            ended: Cell::new(false),
+            listener,
+            worker,
+        })
+    }
+
     async fn serve(&self) -> End {
         let mut handshake = match Box::pin(self.detect()).await {
             Ok(handshake) => handshake,
@@ -157,14 +172,13 @@ impl Session {
         &self,
         mut handshake: Box<dyn Handshake>,
         request: &Request,
-        kept: &mut Option<Kept>,
+        kept: &mut Option<Box<Established>>,
     ) -> Result<Box<dyn Handshake>, End> {
         let mut record = Record::begin(self, request);
-        let established = Box::pin(self.establish(request, &mut record, kept)).await;
-        let (permit, dialled) = match established {
+        let established = match Box::pin(self.establish(request, &mut record, kept)).await {
             Ok(established) => established,
             Err(end) => {
-                let told = self.tell(&mut *handshake, end.cause.outcome()).await;
+                let told = Box::pin(self.tell(&mut *handshake, end.cause.outcome())).await;
                 record.finish(self, end);
                 self.live.exchanged();
                 if told.is_ok() && !self.worker.is_draining() && handshake.resume() {
@@ -177,18 +191,16 @@ impl Session {
                 return Err(end);
             }
         };
-        self.live.connected(&permit, dialled.address);
-        // A snapshot published during the dial could not judge what was not connected yet.
-        let snapshot = self.worker.snapshot();
-        if permit.generation() != snapshot.generation && !self.live.is_allowed(&snapshot) {
+        self.live.connected(&established.permit, established.dialled.address);
+        if !self.is_still_allowed(&established.permit) {
             let end = End::new(Stage::Policy, Cause::Revoked);
-            let _ = self.tell(&mut *handshake, Outcome::Forbidden).await;
+            let _ = Box::pin(self.tell(&mut *handshake, Outcome::Forbidden)).await;
             record.finish(self, end);
             return Err(end);
         }
         match &request.command {
             Command::Forward(forward) => {
-                let exchange = self.exchange(&mut *handshake, forward, &permit, &dialled);
+                let exchange = self.exchange(&mut *handshake, forward, &established.dialled);
                 let exchanged = Box::pin(exchange).await;
                 record.status = exchanged.status;
                 record.finish(self, exchanged.end);
@@ -199,25 +211,31 @@ impl Session {
                     }
                     return Err(exchanged.end);
                 }
-                *kept = exchanged.upstream_stays.then_some(Kept { dialled, permit });
+                *kept = exchanged.upstream_stays.then_some(established);
                 self.await_next();
                 Ok(handshake)
             }
             _ => {
-                let end = Box::pin(self.tunnel(handshake, dialled)).await;
+                let end = Box::pin(self.tunnel(handshake, &established.dialled)).await;
                 record.finish(self, end);
                 Err(end)
             }
         }
     }
 
+    /// A snapshot published during the dial could not judge what was not connected yet.
+    fn is_still_allowed(&self, permit: &Permit) -> bool {
+        let snapshot = self.worker.snapshot();
+        permit.generation() == snapshot.generation || self.live.is_allowed(&snapshot)
+    }
+
     /// CONNECT: says yes and relays until both directions have ended.
-    async fn tunnel(&self, mut handshake: Box<dyn Handshake>, dialled: Dialled) -> End {
+    async fn tunnel(&self, mut handshake: Box<dyn Handshake>, dialled: &Dialled) -> End {
         let Ok(bound) = dialled.socket.local_addr() else {
             return End::new(Stage::Dial, Cause::UpstreamReset);
         };
         let outcome = Outcome::Connected { bound };
-        if let Err(end) = self.tell(&mut *handshake, outcome).await {
+        if let Err(end) = Box::pin(self.tell(&mut *handshake, outcome)).await {
             return end;
         }
         drop(handshake);
@@ -279,7 +297,7 @@ impl Session {
         end
     }
 
-    fn close(self, end: End) {
+    fn close(&self, end: End) {
         self.ended.set(true);
         let counters = &self.worker.counters;
         counters.sessions[protocol_index(self.protocol.get())][end.cause as usize].add(1);

@@ -1,34 +1,50 @@
 //! Two futures in one task, both to their end.
 
 use std::{
-    future::{Future, poll_fn},
-    pin::pin,
-    task::Poll,
+    future::Future,
+    pin::Pin,
+    task::{Context, Poll},
 };
 
 /// Polls both futures until both are done. Neither is ever dropped half way, which is what a relay
 /// needs: an operation in flight holds bytes.
-pub async fn join<A: Future, B: Future>(a: A, b: B) -> (A::Output, B::Output) {
-    let (mut a, mut b) = (pin!(a), pin!(b));
-    let (mut first, mut second) = (None, None);
-    poll_fn(move |cx| {
-        if first.is_none()
-            && let Poll::Ready(output) = a.as_mut().poll(cx)
+pub fn join<A: Future, B: Future>(a: A, b: B) -> Join<A, B> {
+    Join { a, b, first: None, second: None }
+}
+
+pin_project_lite::pin_project! {
+    /// The future of [`join`]. Not an `async fn`, which would hold each of its arguments twice.
+    pub struct Join<A: Future, B: Future> {
+        #[pin]
+        a: A,
+        #[pin]
+        b: B,
+        first: Option<A::Output>,
+        second: Option<B::Output>,
+    }
+}
+
+impl<A: Future, B: Future> Future for Join<A, B> {
+    type Output = (A::Output, B::Output);
+
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        let this = self.project();
+        if this.first.is_none()
+            && let Poll::Ready(output) = this.a.poll(cx)
         {
-            first = Some(output);
+            *this.first = Some(output);
         }
-        if second.is_none()
-            && let Poll::Ready(output) = b.as_mut().poll(cx)
+        if this.second.is_none()
+            && let Poll::Ready(output) = this.b.poll(cx)
         {
-            second = Some(output);
+            *this.second = Some(output);
         }
-        match (first.take(), second.take()) {
+        match (this.first.take(), this.second.take()) {
             (Some(a), Some(b)) => Poll::Ready((a, b)),
             (a, b) => {
-                (first, second) = (a, b);
+                (*this.first, *this.second) = (a, b);
                 Poll::Pending
             }
         }
-    })
-    .await
+    }
 }

@@ -32,11 +32,13 @@ pub use buffer::{BUFFER_LARGE, BUFFER_SMALL, BUFFERS_LARGE_MAX, Buffer, buffer_s
 pub use connect::{ConnectOptions, connect};
 pub use deadline::{Guarded, Stopped, Ticks, Watch, Wheel, now};
 pub use interfaces::local_addresses;
-pub use join::join;
+pub use join::{Join, join};
 pub use listener::{Accepted, Listener, ListenerOptions, bind_listener, probe_listener};
 pub use mailbox::{Full, Inbox, Mailbox, Sender, mailbox};
 pub use pipe::{PIPE_BYTES, PIPES_MAX, Pipe, set_pipes_max};
-pub use process::{descriptor_limit, lower_priority, raise_descriptor_limit, thread_name};
+pub use process::{
+    descriptor_limit, lower_priority, raise_descriptor_limit, refuse_huge_pages, thread_name,
+};
 pub use runtime::{Driver, DriverChoice, Runtime, RuntimeError, RuntimeOptions, cq_overflow};
 pub use signal::Signal;
 pub use socket::Socket;
@@ -60,7 +62,8 @@ pub async fn take_turns() {
     .await;
 }
 
-/// Waits on the runtime's own timer; resolution one millisecond.
-pub async fn sleep(duration: std::time::Duration) {
-    monoio::time::sleep(duration).await;
+/// Waits on the runtime's own timer; resolution one millisecond. The timer is boxed: it takes a KiB,
+/// which would otherwise be part of every future that may once sleep.
+pub fn sleep(duration: std::time::Duration) -> std::pin::Pin<Box<impl Future<Output = ()>>> {
+    Box::pin(monoio::time::sleep(duration))
 }

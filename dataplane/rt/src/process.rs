@@ -27,6 +27,14 @@ fn limits() -> io::Result<libc::rlimit> {
     }
 }
 
+/// Keeps the kernel from backing this process with huge pages: what sessions take is small and scattered,
+/// and a huge page that holds one of them cannot be given back (with them 9,000 idle sessions took half
+/// as much memory again).
+pub fn refuse_huge_pages() {
+    // SAFETY: no memory is passed; the unused arguments must be 0. A refusal changes nothing.
+    unsafe { libc::prctl(libc::PR_SET_THP_DISABLE, 1, 0, 0, 0) };
+}
+
 /// Names the calling thread (15 bytes at most, as the kernel keeps).
 pub fn thread_name(name: &str) {
     let mut bytes = [0u8; 16];

@@ -1,13 +1,13 @@
 //! One direction of a relay.
 
-use std::{cell::Cell, io, time::Duration};
+use std::{io, time::Duration};
 
 use culvert_proto::Payload;
 use culvert_rt::{
     BUFFER_LARGE, BUFFER_SMALL, Buffer, PIPE_BYTES, Pipe, Stopped, sleep, take_turns,
 };
 
-use super::{Context, Leg};
+use super::{Context, Course, Leg};
 use crate::{end::Cause, ledger::Direction};
 
 /// Why a direction was cut.
@@ -41,8 +41,7 @@ pub(super) struct Pump<'a> {
     pub(super) from: &'a Leg<'a>,
     pub(super) to: &'a Leg<'a>,
     pub(super) direction: Direction,
-    pub(super) context: &'a Context<'a>,
-    pub(super) spliced: &'a Cell<bool>,
+    pub(super) course: &'a Course<'a>,
 }
 
 /// How the next bytes are moved.
@@ -64,11 +63,21 @@ enum Flow {
 }
 
 impl Pump<'_> {
-    /// Moves bytes until the direction ends.
+    /// Moves bytes until the direction ends, and passes the end on.
     ///
     /// # Errors
     /// Why it was cut.
     pub(super) async fn run(&self) -> Result<(), Cut> {
+        let end = self.pump().await;
+        self.course.finish(self.direction, end, self.to);
+        end
+    }
+
+    fn context(&self) -> &Context<'_> {
+        self.course.context
+    }
+
+    async fn pump(&self) -> Result<(), Cut> {
         // What a step needs is boxed: a relay that waits holds none of it.
         Box::pin(self.send_own(&self.from.take_lead())).await?;
         if Box::pin(self.early()).await? == Flow::Ended || self.is_over() {
@@ -93,21 +102,14 @@ impl Pump<'_> {
         if let Way::Splice(lean) = way
             && lean > 0
         {
-            self.context.watch.guard(sleep(SPLICE_REST)).await.map_err(Cut::stopped)?;
+            self.context().watch.guard(sleep(SPLICE_REST)).await.map_err(Cut::stopped)?;
         }
-        self.wait(self.from.socket.readable()).await?.map_err(|_| self.source_failed())
+        let ready = self.context().watch.guard(self.from.socket.readable()).await;
+        ready.map_err(Cut::stopped)?.map_err(|_| self.source_failed())
     }
 
     fn is_over(&self) -> bool {
         self.from.framing().is_some_and(|framing| framing.borrow().is_over())
-    }
-
-    /// Waits, unless the session is stopped.
-    async fn wait(
-        &self,
-        ready: impl Future<Output = io::Result<()>>,
-    ) -> Result<io::Result<()>, Cut> {
-        self.context.watch.guard(ready).await.map_err(Cut::stopped)
     }
 
     fn source_failed(&self) -> Cut {
@@ -120,19 +122,19 @@ impl Pump<'_> {
 
     /// The kernel has taken bytes for the destination.
     fn moved(&self, bytes: usize) {
-        self.context.meter.moved(self.direction, bytes);
-        self.context.watch.touch();
+        self.context().meter.moved(self.direction, bytes);
+        self.context().watch.touch();
     }
 
     /// How many bytes may be received now, of `want`.
     async fn reserve(&self, want: usize) -> Result<usize, Cut> {
-        let allowance = self.context.allowance;
+        let allowance = self.context().allowance;
         if !allowance.is_limited(self.direction) {
             return Ok(want);
         }
         // A limited flow asks for what is there, not for what its buffer could take.
         let want = self.from.socket.available().clamp(1, want);
-        let granted = allowance.reserve(self.direction, want, self.context.watch).await;
+        let granted = allowance.reserve(self.direction, want, self.context().watch).await;
         granted.map_err(Cut::stopped)
     }
 
@@ -145,9 +147,9 @@ impl Pump<'_> {
         let mut rest = &early[..];
         while !rest.is_empty() {
             let want = rest.len().min(BUFFER_SMALL);
-            let allowance = self.context.allowance;
+            let allowance = self.context().allowance;
             let granted = allowance
-                .reserve(self.direction, want, self.context.watch)
+                .reserve(self.direction, want, self.context().watch)
                 .await
                 .map_err(Cut::stopped)?;
             let mut buffer = Buffer::small();
@@ -172,20 +174,20 @@ impl Pump<'_> {
         let mut buffer = large.unwrap_or_else(Buffer::small);
         let capacity = buffer.capacity();
         if granted > capacity {
-            self.context.allowance.unused(self.direction, granted - capacity);
+            self.context().allowance.unused(self.direction, granted - capacity);
             granted = capacity;
         }
         let received = match self.from.socket.receive(&mut buffer.room()[..granted]) {
             Ok(received) => received,
             Err(error) => {
-                self.context.allowance.unused(self.direction, granted);
+                self.context().allowance.unused(self.direction, granted);
                 return match error.kind() {
                     io::ErrorKind::WouldBlock => Ok(Flow::On),
                     _ => Err(self.source_failed()),
                 };
             }
         };
-        self.context.allowance.unused(self.direction, granted - received);
+        self.context().allowance.unused(self.direction, granted - received);
         if received == 0 {
             return self.end_of_input();
         }
@@ -212,7 +214,7 @@ impl Pump<'_> {
     fn may_splice(&self) -> bool {
         self.from.framing().is_none()
             && self.to.framing().is_none()
-            && !self.context.allowance.is_limited(self.direction)
+            && !self.context().allowance.is_limited(self.direction)
     }
 
     fn end_of_input(&self) -> Result<Flow, Cut> {
@@ -274,10 +276,10 @@ impl Pump<'_> {
 
     /// Sends the filled part; the buffer comes back for the rest of its room.
     async fn send_part(&self, mut buffer: Buffer) -> Result<Buffer, Cut> {
-        let meter = self.context.meter;
+        let meter = self.context().meter;
         while !buffer.is_empty() {
             meter.pending(self.direction, buffer.len());
-            let (sent, back) = self.to.socket.send(buffer, self.context.watch).await;
+            let (sent, back) = self.to.socket.send(buffer, self.context().watch).await;
             buffer = back;
             match sent {
                 Ok(sent) => {
@@ -297,12 +299,12 @@ impl Pump<'_> {
     async fn blocked(&self, error: &io::Error) -> Result<(), Cut> {
         match error.kind() {
             io::ErrorKind::WouldBlock => {
-                let ready = self.wait(self.to.socket.writable()).await?;
-                ready.map_err(|_| self.destination_failed())
+                let ready = self.context().watch.guard(self.to.socket.writable()).await;
+                ready.map_err(Cut::stopped)?.map_err(|_| self.destination_failed())
             }
             io::ErrorKind::Interrupted => Ok(()),
             // A send that was ended by a shutdown of ours fails too; the reason is the stop.
-            _ => match self.context.watch.halted() {
+            _ => match self.context().watch.halted() {
                 Some(stopped) => Err(Cut::stopped(stopped)),
                 None => Err(self.destination_failed()),
             },
@@ -319,7 +321,7 @@ impl Pump<'_> {
         let flow = match pipe.fill_from(self.from.socket, PIPE_BYTES) {
             Ok(0) => Flow::Ended,
             Ok(filled) => {
-                self.spliced.set(true);
+                self.course.spliced.set(true);
                 *way = match lean {
                     _ if filled >= SPLICE_LEAN => Way::Splice(0),
                     // Lean, but not slow: rest before the next.
@@ -332,7 +334,7 @@ impl Pump<'_> {
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => Flow::On,
             Err(_) => return Err(self.source_failed()),
         };
-        let meter = self.context.meter;
+        let meter = self.context().meter;
         while !pipe.is_empty() {
             meter.pending(self.direction, pipe.len());
             match pipe.drain_to(self.to.socket) {

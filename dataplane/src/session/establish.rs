@@ -4,7 +4,7 @@ use std::{sync::Arc, time::Instant};
 
 use culvert_proto::{Command, Name, Request};
 
-use super::{Kept, Record, Session};
+use super::{Established, Record, Session};
 use crate::{
     end::{Cause, End, Stage},
     policy::{Decision, Denial, Permit, Query},
@@ -21,8 +21,8 @@ impl Session {
         &self,
         request: &Request,
         record: &mut Record,
-        kept: &mut Option<Kept>,
-    ) -> Result<(Permit, Dialled), End> {
+        kept: &mut Option<Box<Established>>,
+    ) -> Result<Box<Established>, End> {
         self.within_limits()?;
         match request.command {
             Command::Connect | Command::Forward(_) => {}
@@ -61,8 +61,8 @@ impl Session {
         &self,
         request: &Request,
         record: &mut Record,
-        kept: &mut Option<Kept>,
-    ) -> Result<(Permit, Dialled), End> {
+        kept: &mut Option<Box<Established>>,
+    ) -> Result<Box<Established>, End> {
         let permit = self.authorize(request, record).await?;
         record.permitted(&permit);
         if let Some(kept) = kept.take()
@@ -73,7 +73,7 @@ impl Session {
             && is_quiet(&kept.dialled)
         {
             record.address = Some(kept.dialled.address);
-            return Ok((permit, kept.dialled));
+            return Ok(Box::new(Established { permit, dialled: kept.dialled }));
         }
         let dialled = match self.watch.guard(dial(&permit)).await {
             Ok(Ok(dialled)) => dialled,
@@ -81,7 +81,7 @@ impl Session {
             Err(stopped) => return Err(End::new(Stage::Dial, Cause::of_code(stopped.0))),
         };
         record.address = Some(dialled.address);
-        Ok((permit, dialled))
+        Ok(Box::new(Established { permit, dialled }))
     }
 
     async fn authorize(&self, request: &Request, record: &mut Record) -> Result<Permit, End> {

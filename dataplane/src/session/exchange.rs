@@ -8,7 +8,6 @@ use super::Session;
 use crate::{
     end::{Cause, End, Stage},
     ledger::Direction,
-    policy::Permit,
     relay::{Leg, Until, relay},
     upstream::Dialled,
 };
@@ -38,7 +37,6 @@ impl Session {
         &self,
         handshake: &mut dyn Handshake,
         forward: &Forward,
-        _permit: &Permit,
         dialled: &Dialled,
     ) -> Exchanged {
         let timeouts = self.worker.snapshot().settings.timeouts;

@@ -70,7 +70,7 @@ async fn race(
                     failure = worse(failure, Cause::ConnectTimeout);
                 }
                 under_way.push(Box::pin(one(address, options(address))));
-                pause = Some(Box::pin(sleep(ATTEMPT_DELAY)));
+                pause = Some(sleep(ATTEMPT_DELAY));
             }
             if under_way.is_empty() {
                 return Poll::Ready(Err(failure));
