@@ -21,7 +21,7 @@ pub use compile::compile;
 pub use credential::{Credential, CredentialError, RememberKey, hash_password};
 pub use internal::is_internal;
 pub use login::{Limits as ThrottleLimits, LoginError, LoginPool, LoginTicket, Throttles};
-pub use snapshot::{Directory, OwnAddresses, Snapshot, Upstream};
+pub use snapshot::{Directory, OwnAddresses, Snapshot, Upstream, snapshots_alive};
 pub use table::{Held, Table, TableError, client_key};
 pub use target::{Match, NetSet, Ports, TargetLists, TargetSet};
 pub use user::{Admission, AdmissionError, User, UserId, UserUse};

@@ -153,6 +153,21 @@ unsafe impl monoio::buf::IoBuf for Buffer {
     }
 }
 
+// SAFETY: as above; the driver says how many bytes from the room's start the kernel has written.
+unsafe impl monoio::buf::IoBufMut for Buffer {
+    fn write_ptr(&mut self) -> *mut u8 {
+        self.data.as_mut_ptr()
+    }
+
+    fn bytes_total(&mut self) -> usize {
+        self.data.len()
+    }
+
+    unsafe fn set_init(&mut self, len: usize) {
+        self.fill(len);
+    }
+}
+
 /// Small and large buffers of the calling worker that are in use.
 pub fn buffer_statistics() -> (usize, usize) {
     POOL.with_borrow(|pool| (pool.small_used, pool.large_used))

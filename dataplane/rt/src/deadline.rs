@@ -21,6 +21,9 @@ const TICK: Duration = Duration::from_millis(100);
 /// Slots of the wheel: 102.4 s a turn. A later deadline waits for several turns.
 const SLOTS: usize = 1024;
 const NONE: u32 = u32::MAX;
+/// Sessions told in one turn that they are quiet; the others are told in the next. What they then take
+/// back costs the kernel a walk over all that waits.
+const QUIETED_MAX: u32 = 16;
 
 /// A time or a span in steps of the wheel (100 ms).
 pub type Ticks = u64;
@@ -28,6 +31,8 @@ pub type Ticks = u64;
 thread_local! {
     static WHEEL: RefCell<Wheel> = RefCell::new(Wheel::new());
     static NOW: Cell<Ticks> = const { Cell::new(0) };
+    /// Sessions told in this turn that they are quiet.
+    static QUIETED: Cell<u32> = const { Cell::new(0) };
 }
 
 /// The calling worker's time: steps since it started, as of the wheel's last turn.
@@ -53,6 +58,16 @@ struct Due {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Stopped(pub u8);
 
+/// Whether a session that has been silent for a while is told so.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Quiet {
+    Unasked,
+    /// After so long a silence.
+    After(Ticks),
+    /// It has been.
+    Now,
+}
+
 /// What may end a session, and when. Made by [`Watch::new`]; leaves the wheel when dropped.
 pub struct Watch {
     shared: Rc<Shared>,
@@ -65,6 +80,7 @@ struct Shared {
     life: Cell<Option<Due>>,
     silence: Cell<Option<(Ticks, u8)>>,
     touched: Cell<Ticks>,
+    quiet: Cell<Quiet>,
     /// The wheel's node, and the time it is to be looked at.
     node: Cell<u32>,
     armed: Cell<Ticks>,
@@ -81,6 +97,7 @@ impl Watch {
             life: Cell::new(None),
             silence: Cell::new(None),
             touched: Cell::new(now()),
+            quiet: Cell::new(Quiet::Unasked),
             node: Cell::new(NONE),
             armed: Cell::new(Ticks::MAX),
             waker: RefCell::new(None),
@@ -135,6 +152,24 @@ impl Watch {
     /// Removes the limit of silence.
     pub fn silence_over(&self) {
         self.shared.silence.set(None);
+    }
+
+    /// Wakes the session once, when [`Watch::touch`] was not called for so long.
+    pub(crate) fn quiet_after(&self, after: Duration) {
+        if !matches!(self.shared.quiet.get(), Quiet::After(_)) {
+            self.shared.quiet.set(Quiet::After(ticks(after) + 1));
+            self.arm();
+        }
+    }
+
+    /// Whether the silence asked for has come.
+    pub(crate) fn is_quiet(&self) -> bool {
+        self.shared.quiet.get() == Quiet::Now
+    }
+
+    /// Whether [`Watch::touch`] was called in the last 100 to 200 ms.
+    pub fn is_brisk(&self) -> bool {
+        self.shared.touched.get() + 1 >= now()
     }
 
     /// Something moved. One store.
@@ -216,7 +251,11 @@ impl Shared {
         let stage = self.stage.get().map_or(Ticks::MAX, |due| due.at);
         let life = self.life.get().map_or(Ticks::MAX, |due| due.at);
         let silence = self.silence.get().map_or(Ticks::MAX, |(span, _)| self.touched.get() + span);
-        stage.min(life).min(silence)
+        let quiet = match self.quiet.get() {
+            Quiet::After(span) => self.touched.get() + span,
+            _ => Ticks::MAX,
+        };
+        stage.min(life).min(silence).min(quiet)
     }
 
     /// Acts on the deadlines that have come.
@@ -232,6 +271,14 @@ impl Shared {
             && self.touched.get() + span <= now
         {
             self.stop(reason);
+        }
+        if let Quiet::After(span) = self.quiet.get()
+            && self.touched.get() + span <= now
+            && QUIETED.get() < QUIETED_MAX
+        {
+            QUIETED.set(QUIETED.get() + 1);
+            self.quiet.set(Quiet::Now);
+            self.wake();
         }
     }
 
@@ -313,6 +360,7 @@ impl Wheel {
     /// Turns the calling worker's wheel to a time; tests call it with a time of their own.
     pub fn turn_to(time: Ticks) {
         NOW.set(time);
+        QUIETED.set(0);
         while let Some(shared) = WHEEL.with_borrow_mut(|wheel| wheel.next_due(time)) {
             shared.expire(time);
             let due = shared.due();
@@ -491,6 +539,23 @@ mod tests {
             watch.stage(Duration::from_secs(1), 5);
             Wheel::turn_to(22);
             assert_eq!(watch.stopped(), Some(Stopped(5)));
+        });
+    }
+
+    #[test]
+    fn a_quiet_session_is_told_once() {
+        in_a_thread(|| {
+            let watch = Watch::new();
+            watch.quiet_after(Duration::from_secs(1));
+            Wheel::turn_to(5);
+            watch.touch();
+            Wheel::turn_to(15);
+            assert!(!watch.is_quiet() && !watch.is_brisk());
+            Wheel::turn_to(16);
+            assert!(watch.is_quiet());
+            watch.quiet_after(Duration::from_secs(1));
+            assert!(!watch.is_quiet(), "asked for again");
+            assert_eq!(watch.halted(), None);
         });
     }
 

@@ -4,7 +4,7 @@
 //! without them on older kernels; with half the entries as long as memory is short. What cannot be
 //! had says why and what to do.
 
-use std::{cell::Cell, fmt, future::Future, io, sync::Mutex};
+use std::{cell::Cell, fmt, future::Future, io, os::fd::RawFd, sync::Mutex};
 
 use monoio::{IoUringDriver, LegacyDriver, RuntimeBuilder, time::TimeDriver};
 
@@ -22,6 +22,56 @@ thread_local! {
 #[inline]
 pub(crate) fn on_ring() -> bool {
     ON_RING.get()
+}
+
+thread_local! {
+    /// The worker's ring, if a receive on it can be taken back.
+    static CANCELS: Cell<Option<RawFd>> = const { Cell::new(None) };
+}
+
+/// Whether the calling worker's ring can take back a receive ([`cancel_receive`]).
+#[inline]
+pub(crate) fn can_cancel() -> bool {
+    CANCELS.get().is_some()
+}
+
+/// Takes back the receive that waits on a socket; it then completes with ECANCELED, unless bytes came
+/// first. Whether there was one.
+pub(crate) fn cancel_receive(socket: RawFd) -> bool {
+    CANCELS.get().is_some_and(|ring| sync_cancel(ring, socket).is_ok())
+}
+
+/// IORING_REGISTER_SYNC_CANCEL (kernel 6.0), of receives only (6.6).
+fn sync_cancel(ring: RawFd, socket: RawFd) -> io::Result<()> {
+    /// `struct io_uring_sync_cancel_reg`.
+    #[repr(C)]
+    struct SyncCancel {
+        addr: u64,
+        fd: i32,
+        flags: u32,
+        timeout: [i64; 2],
+        opcode: u8,
+        pad: [u8; 7],
+        pad2: [u64; 3],
+    }
+    const REGISTER_SYNC_CANCEL: libc::c_uint = 24;
+    const CANCEL_FD: u32 = 1 << 1;
+    const CANCEL_OP: u32 = 1 << 5;
+    const OP_RECV: u8 = 27;
+    let cancel = SyncCancel {
+        addr: 0,
+        fd: socket,
+        flags: CANCEL_FD | CANCEL_OP,
+        timeout: [0; 2],
+        opcode: OP_RECV,
+        pad: [0; 7],
+        pad2: [0; 3],
+    };
+    // SAFETY: `cancel` has the layout the kernel reads and outlives the call, which does not keep it.
+    let done = unsafe {
+        libc::syscall(libc::SYS_io_uring_register, ring, REGISTER_SYNC_CANCEL, &raw const cancel, 1)
+    };
+    if done < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
 /// What drives a worker.
@@ -161,6 +211,11 @@ impl Runtime {
     /// end afterwards: monoio's runtime must not be dropped with operations in flight, so it is leaked.
     pub fn block_on<F: Future>(self, future: F) -> F::Output {
         ON_RING.set(matches!(self.kind, Kind::Ring(_)));
+        // Asked of a descriptor nothing waits on, a kernel that can says ENOENT.
+        let can = |ring: &RawFd| {
+            sync_cancel(*ring, *ring).is_err_and(|error| error.raw_os_error() == Some(libc::ENOENT))
+        };
+        CANCELS.set(self.ring_fd.filter(can));
         match self.kind {
             Kind::Ring(runtime) => Box::leak(runtime).block_on(future),
             Kind::Epoll(runtime) => Box::leak(runtime).block_on(future),

@@ -1,12 +1,13 @@
 //! A non-blocking stream socket of a worker.
 //!
 //! Waiting ([`Socket::readable`], [`Socket::writable`]) holds no data and may be dropped at any time.
-//! Receives complete at once. A send through the ring holds its buffer until the kernel has room (the
+//! Receives complete at once, but for [`Socket::receive_held`], which waits with a buffer and gives it
+//! back when its session goes quiet. A send through the ring holds its buffer until the kernel has room (the
 //! ring waits by itself, also on a non-blocking socket), so it is never dropped: a session that is
 //! ended meanwhile shuts the socket down, which completes the send.
 
 use std::{
-    cell::UnsafeCell,
+    cell::{Cell, UnsafeCell},
     future::{Future, poll_fn},
     io,
     mem::ManuallyDrop,
@@ -16,13 +17,44 @@ use std::{
     time::Duration,
 };
 
-use monoio::io::AsyncWriteRent;
+use monoio::io::{AsyncReadRent, AsyncWriteRent};
 
-use crate::{Buffer, Watch, runtime::on_ring};
+use crate::{
+    Buffer, Watch,
+    runtime::{can_cancel, cancel_receive, on_ring},
+};
+
+/// Receives of one worker that may wait with a buffer (8 MiB).
+const HELD_MAX: usize = 512;
+/// Silence after which they give it back.
+const HELD_QUIET: Duration = Duration::from_secs(1);
+
+thread_local! {
+    static HELD: Cell<usize> = const { Cell::new(0) };
+}
+
+/// One of the receives that wait with a buffer.
+struct Held;
+
+impl Held {
+    fn take() -> Option<Self> {
+        let held = HELD.get();
+        (held < HELD_MAX && can_cancel()).then(|| {
+            HELD.set(held + 1);
+            Self
+        })
+    }
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        HELD.set(HELD.get() - 1);
+    }
+}
 
 /// A connected stream socket, or any other descriptor whose readiness is awaited.
 pub struct Socket {
-    // Only `send` takes a mutable reference, and not across an await.
+    // Only `send` and `receive_held` take a mutable reference, and not across an await.
     stream: UnsafeCell<ManuallyDrop<monoio::net::TcpStream>>,
 }
 
@@ -35,7 +67,8 @@ impl Socket {
     }
 
     fn stream(&self) -> &monoio::net::TcpStream {
-        // SAFETY: the only mutable reference is made in `send` and ends before anything else runs.
+        // SAFETY: mutable references are made in `send` and `receive_held` only and end before anything
+        // else runs.
         unsafe { &*self.stream.get() }
     }
 
@@ -71,6 +104,44 @@ impl Socket {
                 }
                 received => return Ok(received as usize),
             }
+        }
+    }
+
+    /// Waits and receives in one operation of the ring, which costs less than a wait and a receive, but
+    /// holds a small buffer all the while. Empty at the end of the stream. Must not be dropped: bytes
+    /// may be in it.
+    ///
+    /// # Errors
+    /// `WouldBlock`: wait with [`Socket::readable`] instead. The worker's ring cannot do this, too many
+    /// wait like this (512), or nothing moved for a second. When `watch` is stopped or
+    /// interrupted, our receiving side is shut down, and the wait ends in whatever way.
+    pub async fn receive_held(&self, watch: &Watch) -> io::Result<Buffer> {
+        let Some(_held) = Held::take() else { return Err(io::ErrorKind::WouldBlock.into()) };
+        watch.quiet_after(HELD_QUIET);
+        // SAFETY: the reference lives for this call only, which copies the descriptor into the
+        // operation; the future it returns does not touch the stream.
+        let stream = unsafe { &mut **self.stream.get() };
+        let mut receive = pin!(stream.read(Buffer::small()));
+        let (mut shut, mut cancelled) = (false, false);
+        let (received, buffer) = poll_fn(|cx| {
+            let received = receive.as_mut().poll(cx);
+            if received.is_pending() {
+                if watch.is_halted(cx) && !std::mem::replace(&mut shut, true) {
+                    let _ = self.borrow(|socket| socket.shutdown(Shutdown::Read));
+                }
+                if watch.is_quiet() && !std::mem::replace(&mut cancelled, true) {
+                    cancel_receive(self.raw_fd());
+                }
+            }
+            received
+        })
+        .await;
+        match received {
+            Ok(_) => Ok(buffer),
+            Err(error) if error.raw_os_error() == Some(libc::ECANCELED) => {
+                Err(io::ErrorKind::WouldBlock.into())
+            }
+            Err(error) => Err(error),
         }
     }
 

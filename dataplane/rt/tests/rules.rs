@@ -140,6 +140,130 @@ fn a_blocked_send_ends_when_its_session_is_stopped() {
     });
 }
 
+/// Waits for bytes with a buffer where the ring can, without one where it cannot.
+async fn receive(socket: &Socket, watch: &Watch) -> Buffer {
+    loop {
+        match socket.receive_held(watch).await {
+            Err(error) if error.kind() == ErrorKind::WouldBlock => {}
+            received => return received.unwrap(),
+        }
+        socket.readable().await.unwrap();
+        let mut buffer = Buffer::small();
+        let received = socket.receive(buffer.room()).unwrap();
+        buffer.fill(received);
+        return buffer;
+    }
+}
+
+/// RELIABILITY A5: bytes that come just when the buffer is given back are not lost.
+#[test]
+fn a_quiet_receive_gives_its_buffer_back_and_loses_nothing() {
+    on_both(|| async {
+        const SOCKETS: u8 = 200;
+        spawn(Wheel::run());
+        let (done, left) =
+            (Rc::new(Signal::default()), Rc::new(std::cell::Cell::new(usize::from(SOCKETS))));
+        let mut nears = Vec::new();
+        for index in 0..SOCKETS {
+            let (near, far) = pair();
+            nears.push(near);
+            let (far, done, left) = (socket(far), done.clone(), left.clone());
+            spawn(async move {
+                let watch = Watch::new();
+                assert_eq!(receive(&far, &watch).await.filled(), [index]);
+                assert_eq!(receive(&far, &watch).await.filled(), [index, index]);
+                assert!(receive(&far, &watch).await.is_empty());
+                left.set(left.get() - 1);
+                if left.get() == 0 {
+                    done.set(());
+                }
+            });
+        }
+        std::thread::spawn(move || {
+            let at_once = nears.iter_mut().enumerate();
+            at_once.for_each(|(index, near)| near.write_all(&[index as u8]).unwrap());
+            // A second later all have fallen quiet, 16 in a turn of the wheel; meanwhile all speak.
+            std::thread::sleep(Duration::from_millis(1050));
+            for (index, near) in nears.iter_mut().enumerate() {
+                near.write_all(&[index as u8; 2]).unwrap();
+                std::thread::sleep(Duration::from_millis(3));
+            }
+        });
+        done.wait().await;
+        assert_eq!(culvert_rt::buffer_statistics().0, 0);
+    });
+}
+
+#[test]
+fn a_receive_that_waits_with_a_buffer_ends_when_its_session_is_stopped() {
+    on(DriverChoice::IoUring, || async {
+        let (mut near, far) = pair();
+        let far = socket(far);
+        let watch = Watch::new();
+        let stopper = watch.stopper();
+        spawn(async move { stopper(1) });
+        let received = far.receive_held(&watch).await;
+        assert!(received.is_ok_and(|buffer| buffer.is_empty()) && watch.halted().is_some());
+        // Nothing was said to the peer yet: it is for the session to cut or to end.
+        far.reset_on_close();
+        drop(far);
+        culvert_rt::sleep(Duration::from_millis(20)).await;
+        assert_eq!(near.read(&mut [0]).unwrap_err().kind(), ErrorKind::ConnectionReset);
+    });
+}
+
+/// RELIABILITY A6: the kernel writes into no buffer that has been given to somebody else.
+#[test]
+fn a_task_that_is_aborted_leaves_its_buffer_to_the_kernel() {
+    let until = std::env::var("SOAK").map_or(Duration::from_secs(1), |_| Duration::from_secs(60));
+    on(DriverChoice::IoUring, move || async move {
+        let begun = std::time::Instant::now();
+        while begun.elapsed() < until {
+            let pairs: Vec<_> = (0..16).map(|_| pair()).collect();
+            let mut nears = Vec::new();
+            for (index, (near, far)) in pairs.into_iter().enumerate() {
+                nears.push(near);
+                let far = socket(far);
+                spawn(async move {
+                    let watch = Watch::new();
+                    let mut receive = std::pin::pin!(far.receive_held(&watch));
+                    let mut polls = 0;
+                    std::future::poll_fn(|cx| {
+                        assert!(receive.as_mut().poll(cx).is_pending());
+                        polls += 1;
+                        if polls > index % 3 {
+                            panic!("a test asked for it");
+                        }
+                        cx.waker().wake_by_ref();
+                        std::task::Poll::<()>::Pending
+                    })
+                    .await;
+                });
+            }
+            // Where the aborted tasks' buffers would be found if they had come back too early.
+            culvert_rt::sleep(Duration::from_millis(1)).await;
+            let mut canaries: Vec<_> = (0..64).map(|_| Buffer::small()).collect();
+            canaries.iter_mut().for_each(|canary| canary.room().fill(0xca));
+            for near in &mut nears {
+                // It may be closed already.
+                let _ = near.write_all(&[0x55; 4096]);
+            }
+            culvert_rt::sleep(Duration::from_millis(1)).await;
+            let whole = canaries.iter_mut().all(|c| c.room().iter().all(|byte| *byte == 0xca));
+            assert!(whole, "the kernel wrote into a buffer that was given away");
+            for near in &mut nears {
+                near.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
+                let ended = near.read(&mut [0]);
+                assert!(
+                    matches!(&ended, Ok(0))
+                        || ended.as_ref().is_err_and(|e| e.kind() != ErrorKind::WouldBlock),
+                    "the socket of an aborted task stays open"
+                );
+            }
+        }
+    });
+}
+
 #[test]
 fn a_panic_ends_its_task_only() {
     on_both(|| async {

@@ -54,6 +54,11 @@ const HELP: &[(&str, bool, &str)] = &[
     ),
     ("culvert_snapshot_generation", false, "Number of the snapshot in force"),
     ("culvert_snapshot_age_seconds", false, "Time since the snapshot was published"),
+    (
+        "culvert_snapshots",
+        false,
+        "Snapshots in memory: the one in force, and those somebody still looks at",
+    ),
     ("culvert_users", false, "Users of the snapshot in force"),
     (
         "culvert_worker_snapshot_generation",
@@ -165,6 +170,7 @@ fn set_snapshot(node: &Node) {
     gauge!("culvert_snapshot_generation").set(snapshot.generation as f64);
     let age = node.published.lock().map_or(0.0, |published| published.elapsed().as_secs_f64());
     gauge!("culvert_snapshot_age_seconds").set(age);
+    gauge!("culvert_snapshots").set(crate::policy::snapshots_alive() as f64);
     gauge!("culvert_users").set(snapshot.directory.len() as f64);
 }
 

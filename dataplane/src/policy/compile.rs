@@ -11,7 +11,7 @@ use culvert_proto::{Protocol, Target};
 use super::{
     Credential, Directory, NetSet, OwnAddresses, Ports, Snapshot, TargetLists, TargetSet, Upstream,
     User, UserId, UserUse,
-    snapshot::{Action, Rule, SHARDS, Shard, shard_of},
+    snapshot::{Action, Alive, Rule, SHARDS, Shard, shard_of},
 };
 use crate::settings::Settings;
 
@@ -56,6 +56,7 @@ pub fn compile(
         user.shared.apply(&user.limits);
     }
     Ok(Snapshot {
+        _alive: Alive::new(),
         generation,
         directory,
         settings,

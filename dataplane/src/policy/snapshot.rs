@@ -3,7 +3,10 @@
 use std::{
     collections::HashMap,
     net::{IpAddr, SocketAddr},
-    sync::{Arc, OnceLock},
+    sync::{
+        Arc, OnceLock,
+        atomic::{AtomicUsize, Ordering::Relaxed},
+    },
 };
 
 use culvert_api::policy::{Access, RuleAction};
@@ -11,6 +14,31 @@ use culvert_proto::{Protocol, Target};
 
 use super::{NetSet, Ports, TargetSet, User};
 use crate::settings::Settings;
+
+/// Snapshots in memory.
+static ALIVE: AtomicUsize = AtomicUsize::new(0);
+
+/// How many snapshots are in memory: the one in force, and those somebody still looks at.
+pub fn snapshots_alive() -> usize {
+    ALIVE.load(Relaxed)
+}
+
+/// Counts the snapshot it is part of.
+#[derive(Debug)]
+pub(super) struct Alive(());
+
+impl Alive {
+    pub(super) fn new() -> Self {
+        ALIVE.fetch_add(1, Relaxed);
+        Self(())
+    }
+}
+
+impl Drop for Alive {
+    fn drop(&mut self) {
+        ALIVE.fetch_sub(1, Relaxed);
+    }
+}
 
 /// Everything a session is judged by.
 #[derive(Debug)]
@@ -32,6 +60,7 @@ pub struct Snapshot {
     pub(super) rules: Box<[Rule]>,
     pub(super) default: Access,
     pub(super) direct: Arc<Upstream>,
+    pub(super) _alive: Alive,
 }
 
 impl Snapshot {

@@ -82,6 +82,19 @@ fn what_a_new_policy_forbids_ends_within_a_second_and_nothing_else() {
 }
 
 #[test]
+fn a_running_session_keeps_no_old_policy() {
+    let target = echo();
+    let mut proxy = Setup::new().user("ann", "").start();
+    let mut stream = proxy.tunnel(Some("ann"), target);
+    for round in 0..3 {
+        proxy.reload(|_| Setup::new().user("ann", "").user(&format!("bob{round}"), ""));
+        ping(&mut stream).unwrap();
+    }
+    // The compiler, and workers that have just judged, may hold the one before for a moment.
+    proxy.await_metric("culvert_snapshots", 1.0);
+}
+
+#[test]
 fn an_expired_user_is_out_when_the_time_comes() {
     let at = time::OffsetDateTime::now_utc() + Duration::from_secs(3);
     let expires = at.format(&time::format_description::well_known::Rfc3339).unwrap();
