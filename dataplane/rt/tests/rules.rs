@@ -142,17 +142,21 @@ fn a_blocked_send_ends_when_its_session_is_stopped() {
 
 /// Waits for bytes with a buffer where the ring can, without one where it cannot.
 async fn receive(socket: &Socket, watch: &Watch) -> Buffer {
-    loop {
-        match socket.receive_held(watch).await {
-            Err(error) if error.kind() == ErrorKind::WouldBlock => {}
-            received => return received.unwrap(),
-        }
-        socket.readable().await.unwrap();
-        let mut buffer = Buffer::small();
-        let received = socket.receive(buffer.room()).unwrap();
-        buffer.fill(received);
-        return buffer;
+    match socket.receive_held(watch).await {
+        Err(error) if error.kind() == ErrorKind::WouldBlock => {}
+        received => return received.unwrap(),
     }
+    socket.readable().await.unwrap();
+    let mut buffer = Buffer::small();
+    let received = socket.receive(buffer.room()).unwrap();
+    buffer.fill(received);
+    buffer
+}
+
+/// Lets time pass on a thread of the test's own: what is tested begins after a second of silence.
+#[allow(clippy::disallowed_methods)]
+fn pause(milliseconds: u64) {
+    std::thread::sleep(Duration::from_millis(milliseconds));
 }
 
 /// RELIABILITY A5: bytes that come just when the buffer is given back are not lost.
@@ -183,10 +187,10 @@ fn a_quiet_receive_gives_its_buffer_back_and_loses_nothing() {
             let at_once = nears.iter_mut().enumerate();
             at_once.for_each(|(index, near)| near.write_all(&[index as u8]).unwrap());
             // A second later all have fallen quiet, 16 in a turn of the wheel; meanwhile all speak.
-            std::thread::sleep(Duration::from_millis(1050));
+            pause(1050);
             for (index, near) in nears.iter_mut().enumerate() {
                 near.write_all(&[index as u8; 2]).unwrap();
-                std::thread::sleep(Duration::from_millis(3));
+                pause(3);
             }
         });
         done.wait().await;
