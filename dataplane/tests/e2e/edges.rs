@@ -161,35 +161,90 @@ fn a_busy_ring_loses_nothing() {
     assert_eq!(proxy.metric("culvert_panics_total"), 0.0);
 }
 
+/// A network of its own, in which 10.99.0.0/24 is local.
+struct Namespace(String);
+
+impl Namespace {
+    fn new(name: &str) -> Self {
+        let namespace = Self(format!("culvert-{name}-{}", std::process::id()));
+        let run = |words: &[&str]| {
+            assert!(Command::new("ip").args(words).status().unwrap().success(), "{words:?}");
+        };
+        let name = &namespace.0;
+        run(&["netns", "add", name]);
+        run(&["-n", name, "link", "set", "lo", "up"]);
+        run(&["-n", name, "addr", "add", "10.99.0.1/32", "dev", "lo"]);
+        let net = "10.99.0.0/24";
+        run(&["-n", name, "route", "add", "local", net, "dev", "lo", "src", "10.99.0.1"]);
+        namespace
+    }
+
+    /// What runs a program inside.
+    fn wrapper(&self) -> [&str; 4] {
+        ["ip", "netns", "exec", &self.0]
+    }
+
+    fn command(&self, program: &str) -> Command {
+        let mut command = Command::new("ip");
+        command.args(&self.wrapper()[1..]).arg(program);
+        command
+    }
+}
+
+impl Drop for Namespace {
+    fn drop(&mut self) {
+        let _ = Command::new("ip").args(["netns", "del", &self.0]).status();
+    }
+}
+
+/// RELIABILITY B4.
+#[test]
+fn a_target_without_free_local_ports_fails_at_once_and_alone() {
+    let namespace = Namespace::new("ports");
+    let proxy = Setup::new()
+        .listener("auth = ['none']")
+        .policy("allow_internal = ['10.99.0.0/24']")
+        .through(&namespace.wrapper())
+        .start();
+    // After the listeners have theirs.
+    let range = "net.ipv4.ip_local_port_range=20000 20019";
+    assert!(namespace.command("sysctl").args(["-qw", range]).status().unwrap().success());
+    // Each client comes from an address of its own, for clients need local ports too, and binds only
+    // the address (IP_BIND_ADDRESS_NO_PORT): a port that was bound is given to no connect.
+    let script = r"
+import socket, sys, time
+for port in (7001, 7002):
+    socket.create_server(('10.99.0.9', port), backlog=100).detach()
+kept = []
+def ask(port):
+    stream = socket.socket()
+    stream.setsockopt(socket.IPPROTO_IP, 24, 1)
+    stream.bind(('127.0.1.%d' % (len(kept) + 1), 0))
+    stream.connect(('127.0.0.1', int(sys.argv[1])))
+    kept.append(stream)
+    stream.sendall(b'\5\1\0')
+    assert stream.recv(2) == b'\5\0'
+    began = time.monotonic()
+    stream.sendall(b'\5\1\0\1' + bytes([10, 99, 0, 9]) + port.to_bytes(2, 'big'))
+    reply = stream.recv(10)
+    return reply[1], time.monotonic() - began
+first = [ask(7001)[0] for _ in range(20)]
+none, seconds = ask(7001)
+other = [ask(7002)[0] for _ in range(20)]
+print(sum(first), none, seconds <= 0.05, sum(other))
+";
+    let port = proxy.address.port().to_string();
+    let output = namespace.command("python3").args(["-c", &script, &port]).output().unwrap();
+    let said = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert_eq!(said.trim(), "0 1 True 0", "{}", String::from_utf8_lossy(&output.stderr));
+    let records = proxy.await_records(41);
+    assert_eq!(records.iter().filter(|record| record["end"] == "no_ports").count(), 1);
+}
+
 /// RELIABILITY E9: what the network says is what the client is told.
 #[test]
 fn replies_tell_how_the_network_failed() {
-    let namespace = format!("culvert-{}", std::process::id());
-    let run = |words: &[&str]| {
-        assert!(Command::new("ip").args(words).status().unwrap().success(), "{words:?}")
-    };
-    run(&["netns", "add", &namespace]);
-    struct Namespace(String);
-    impl Drop for Namespace {
-        fn drop(&mut self) {
-            let _ = Command::new("ip").args(["netns", "del", &self.0]).status();
-        }
-    }
-    let _namespace = Namespace(namespace.clone());
-    run(&["-n", &namespace, "link", "set", "lo", "up"]);
-    run(&["-n", &namespace, "addr", "add", "10.99.0.1/32", "dev", "lo"]);
-    run(&[
-        "-n",
-        &namespace,
-        "route",
-        "add",
-        "local",
-        "10.99.0.0/24",
-        "dev",
-        "lo",
-        "src",
-        "10.99.0.1",
-    ]);
+    let namespace = Namespace::new("replies");
     let rules = "table ip t {
         chain out {
             type filter hook output priority 0; policy accept;
@@ -203,7 +258,7 @@ fn replies_tell_how_the_network_failed() {
     let folder = tempfile::tempdir().unwrap();
     let file = folder.path().join("rules");
     fs::write(&file, rules).unwrap();
-    run(&["netns", "exec", &namespace, "nft", "-f", file.to_str().unwrap()]);
+    assert!(namespace.command("nft").arg("-f").arg(&file).status().unwrap().success());
 
     // The proxy and its client both live in the namespace; curl reports the reply's code.
     let config = folder.path().join("c.toml");
@@ -214,26 +269,18 @@ fn replies_tell_how_the_network_failed() {
         folder.path().display()
     );
     fs::write(&config, text).unwrap();
-    let mut node = Command::new("ip")
-        .args(["netns", "exec", &namespace, env!("CARGO_BIN_EXE_culvert"), "run", "-c"])
+    let mut node = namespace
+        .command(env!("CARGO_BIN_EXE_culvert"))
+        .args(["run", "-c"])
         .arg(&config)
         .stderr(std::process::Stdio::null())
         .spawn()
         .unwrap();
     let ask = |host: &str| {
         let started = Instant::now();
-        let output = Command::new("ip")
-            .args([
-                "netns",
-                "exec",
-                &namespace,
-                "curl",
-                "-sS",
-                "-m",
-                "10",
-                "-x",
-                "socks5h://127.0.0.1:1082",
-            ])
+        let output = namespace
+            .command("curl")
+            .args(["-sS", "-m", "10", "-x", "socks5h://127.0.0.1:1082"])
             .arg(format!("http://{host}/"))
             .output()
             .unwrap();
