@@ -276,6 +276,19 @@ mod tests {
     }
 
     #[test]
+    fn reading_takes_time_by_the_length_alone() {
+        let time = |listeners: usize| {
+            let text = TOML.replace("[map]", &"[[listener]]\nbind = 'y'\n".repeat(listeners));
+            let started = std::time::Instant::now();
+            let tree = Tree::parse(&text.replace("k = 3", ""), Format::Toml).unwrap();
+            assert_eq!(tree.read::<File>().unwrap().listener.len(), listeners + 1);
+            started.elapsed()
+        };
+        let (short, long) = (time(2_000), time(40_000));
+        assert!(long < short * 100, "20 times the text took {short:?} and {long:?}");
+    }
+
+    #[test]
     fn places_are_found_by_key() {
         let tree = Tree::parse(TOML, Format::Toml).unwrap();
         assert_eq!(tree.place("node.workers"), Place::Line(3));

@@ -42,51 +42,60 @@ pub(super) fn parse(text: &str, format: Format) -> Result<Node, Vec<Problem>> {
 
 fn toml(text: &str) -> Result<Node, Vec<Problem>> {
     let (document, errors) = DeTable::parse_recoverable(text);
+    let lines = Lines::of(text);
     if !errors.is_empty() {
         let problem = |error: &toml::de::Error| {
-            let place = error.span().map_or(Place::Nowhere, |span| line(text, span.start));
+            let place = error.span().map_or(Place::Nowhere, |span| lines.place(span.start));
             Problem::new(place, "", error.message())
         };
         return Err(errors.iter().map(problem).collect());
     }
-    Ok(Node { place: Place::Nowhere, value: toml_table(text, document.get_ref()) })
+    Ok(Node { place: Place::Nowhere, value: lines.table(document.get_ref()) })
 }
 
-fn line(text: &str, byte: usize) -> Place {
-    let before = &text.as_bytes()[..byte.min(text.len())];
-    Place::Line(before.iter().filter(|&&b| b == b'\n').count() + 1)
-}
+/// Where the lines of a text end.
+struct Lines(Vec<usize>);
 
-fn toml_table(text: &str, table: &DeTable<'_>) -> Value {
-    let entry = |(key, value): (&Spanned<_>, &Spanned<DeValue<'_>>)| Entry {
-        key: std::borrow::Cow::<str>::to_string(key.get_ref()),
-        place: line(text, key.span().start),
-        node: toml_value(text, value),
-    };
-    let mut entries: Vec<Entry> = table.iter().map(entry).collect();
-    // The parser sorts by name; errors read better in the order of the file.
-    entries.sort_by(|a, b| a.place.cmp(&b.place));
-    Value::Map(entries)
-}
+impl Lines {
+    fn of(text: &str) -> Self {
+        Self(text.match_indices('\n').map(|(byte, _)| byte).collect())
+    }
 
-fn toml_value(text: &str, value: &Spanned<DeValue<'_>>) -> Node {
-    let plain = |text: &str| Value::Text(text.to_owned());
-    let place = line(text, value.span().start);
-    let value = match value.get_ref() {
-        DeValue::String(string) => plain(string),
-        DeValue::Integer(number) => i64::from_str_radix(number.as_str(), number.radix())
-            .map_or_else(|_| plain(number.as_str()), Value::Int),
-        DeValue::Float(number) => {
-            number.as_str().parse().map_or_else(|_| plain(number.as_str()), Value::Float)
-        }
-        DeValue::Boolean(value) => Value::Bool(*value),
-        DeValue::Datetime(value) => Value::Text(value.to_string()),
-        DeValue::Array(values) => {
-            Value::List(values.iter().map(|value| toml_value(text, value)).collect())
-        }
-        DeValue::Table(table) => toml_table(text, table),
-    };
-    Node { place, value }
+    fn place(&self, byte: usize) -> Place {
+        Place::Line(self.0.partition_point(|end| *end < byte) + 1)
+    }
+
+    fn table(&self, table: &DeTable<'_>) -> Value {
+        let entry = |(key, value): (&Spanned<_>, &Spanned<DeValue<'_>>)| Entry {
+            key: std::borrow::Cow::<str>::to_string(key.get_ref()),
+            place: self.place(key.span().start),
+            node: self.value(value),
+        };
+        let mut entries: Vec<Entry> = table.iter().map(entry).collect();
+        // The parser sorts by name; errors read better in the order of the file.
+        entries.sort_by(|a, b| a.place.cmp(&b.place));
+        Value::Map(entries)
+    }
+
+    fn value(&self, value: &Spanned<DeValue<'_>>) -> Node {
+        let plain = |text: &str| Value::Text(text.to_owned());
+        let place = self.place(value.span().start);
+        let value = match value.get_ref() {
+            DeValue::String(string) => plain(string),
+            DeValue::Integer(number) => i64::from_str_radix(number.as_str(), number.radix())
+                .map_or_else(|_| plain(number.as_str()), Value::Int),
+            DeValue::Float(number) => {
+                number.as_str().parse().map_or_else(|_| plain(number.as_str()), Value::Float)
+            }
+            DeValue::Boolean(value) => Value::Bool(*value),
+            DeValue::Datetime(value) => Value::Text(value.to_string()),
+            DeValue::Array(values) => {
+                Value::List(values.iter().map(|value| self.value(value)).collect())
+            }
+            DeValue::Table(table) => self.table(table),
+        };
+        Node { place, value }
+    }
 }
 
 fn yaml(text: &str) -> Result<Node, Vec<Problem>> {
