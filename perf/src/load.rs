@@ -2,7 +2,9 @@
 
 use std::{
     cell::Cell,
+    fs,
     net::SocketAddr,
+    path::Path,
     rc::Rc,
     time::{Duration, Instant},
 };
@@ -26,6 +28,12 @@ const ECHO_SESSIONS: usize = 64;
 const ECHO_BYTES: usize = 128;
 /// Sessions at once of the churn scenario.
 const CHURN_SESSIONS: usize = 16;
+/// Users of the swap scenario.
+const SWAP_USERS: usize = 100_000;
+/// Pause of its sessions between two messages, so that a core is free for the compiler.
+const SWAP_PAUSE: Duration = Duration::from_millis(5);
+/// Pause between two of its snapshots.
+const SWAP_EVERY: Duration = Duration::from_secs(1);
 /// Before what counts begins.
 const WARM_UP: Duration = Duration::from_millis(500);
 
@@ -48,6 +56,8 @@ pub(crate) struct Sample {
     pub(crate) cpu: f64,
     /// Latencies in microseconds, sorted.
     pub(crate) latencies: Vec<u32>,
+    /// The same while no snapshot is replaced (swap).
+    pub(crate) quiet: Vec<u32>,
     /// Failed operations.
     pub(crate) errors: u64,
     /// Bytes of resident memory a session (idle).
@@ -93,6 +103,7 @@ impl Load<'_> {
                 Scenario::Echo => self.echo().await,
                 Scenario::Churn => self.churn().await,
                 Scenario::Idle => self.idle().await,
+                Scenario::Swap => self.swap().await,
             }
         })
     }
@@ -117,9 +128,59 @@ impl Load<'_> {
         for _ in 0..ECHO_SESSIONS {
             let mut stream = self.peer.connect(self.target).await?;
             stream.write_all(&[target::ECHO]).await?;
-            tasks.spawn_local(ping(stream, counts.clone()));
+            tasks.spawn_local(ping(stream, counts.clone(), None));
         }
         Ok(self.measure(&counts).await)
+    }
+
+    /// Half of the time without a new snapshot, half with one a second.
+    async fn swap(&self) -> anyhow::Result<Sample> {
+        let counts = Rc::new(Counts::default());
+        let mut tasks = JoinSet::new();
+        for _ in 0..ECHO_SESSIONS {
+            let mut stream = self.peer.connect(self.target).await?;
+            stream.write_all(&[target::ECHO]).await?;
+            tasks.spawn_local(ping(stream, counts.clone(), Some(SWAP_PAUSE)));
+        }
+        let config = self.peer.config();
+        let mut policy = fs::read_to_string(&config)?;
+        for index in 0..SWAP_USERS {
+            let hash = hash_of_nobody(index);
+            policy.push_str(&format!(
+                "[[policy.user]]\nname = 'user-{index}'\npassword_hash = '{hash}'\n"
+            ));
+        }
+        // Written beforehand: while latencies are taken, files are only renamed.
+        let swaps = self.time.as_secs().max(1) as usize;
+        for swap in 0..=swaps {
+            let status = if swap % 2 == 0 { "active" } else { "disabled" };
+            let text = format!("{policy}status = '{status}'\n");
+            fs::write(config.with_extension(swap.to_string()), text)?;
+        }
+        self.replace(&config, 0).await?;
+        let quiet = self.measure(&counts).await;
+        let replace = async {
+            for swap in 1..=swaps {
+                let started = Instant::now();
+                self.replace(&config, swap).await?;
+                tokio::time::sleep(SWAP_EVERY.saturating_sub(started.elapsed())).await;
+            }
+            anyhow::Ok(())
+        };
+        let (sample, replaced) = tokio::join!(self.measure(&counts), replace);
+        replaced?;
+        Ok(Sample { quiet: quiet.latencies, ..sample })
+    }
+
+    /// Puts the configuration of a number in force and waits until it is.
+    async fn replace(&self, config: &Path, number: usize) -> anyhow::Result<()> {
+        fs::rename(config.with_extension(number.to_string()), config)?;
+        let deadline = Instant::now() + Duration::from_secs(30);
+        while self.peer.log().matches("configuration published").count() <= number {
+            anyhow::ensure!(Instant::now() < deadline, "no reload:\n{}", self.peer.log());
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        Ok(())
     }
 
     async fn churn(&self) -> anyhow::Result<Sample> {
@@ -239,7 +300,12 @@ async fn stream_bulk(mut stream: TcpStream, up: bool, counts: Rc<Counts>) {
     }
 }
 
-async fn ping(mut stream: TcpStream, counts: Rc<Counts>) {
+/// A well-formed password hash of nobody's password.
+fn hash_of_nobody(index: usize) -> String {
+    format!("$2b$10${index:.<22}{}", "abcdefghijklmnopqrstuvwxyz0123.")
+}
+
+async fn ping(mut stream: TcpStream, counts: Rc<Counts>, pause: Option<Duration>) {
     let message = [3u8; ECHO_BYTES];
     let mut answer = [0u8; ECHO_BYTES];
     loop {
@@ -254,6 +320,9 @@ async fn ping(mut stream: TcpStream, counts: Rc<Counts>) {
                 counts.latency(started);
             }
             Err(_) => return counts.error(),
+        }
+        if let Some(pause) = pause {
+            tokio::time::sleep(pause).await;
         }
     }
 }

@@ -24,7 +24,7 @@ static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 #[derive(Debug, Parser)]
 struct Cli {
     /// What to measure.
-    #[arg(long, value_enum, value_delimiter = ',', default_values_t = [Scenario::Bulk, Scenario::Echo, Scenario::Churn, Scenario::Idle])]
+    #[arg(long, value_enum, value_delimiter = ',', default_values_t = [Scenario::Bulk, Scenario::Echo, Scenario::Churn, Scenario::Idle, Scenario::Swap])]
     scenario: Vec<Scenario>,
     /// Whom to measure; those that are not installed are left out.
     #[arg(long, value_enum, value_delimiter = ',', default_values_t = Kind::ALL)]
@@ -57,6 +57,8 @@ pub(crate) enum Scenario {
     Churn,
     /// Many sessions that do nothing.
     Idle,
+    /// Sessions that run while snapshots of 100,000 users replace each other.
+    Swap,
 }
 
 fn main() -> anyhow::Result<()> {

@@ -3,7 +3,7 @@
 use std::{
     fs,
     net::{SocketAddr, TcpListener, TcpStream as StdStream},
-    path::Path,
+    path::{Path, PathBuf},
     process::{Child, Command, Stdio},
     sync::atomic::{AtomicU16, Ordering::Relaxed},
     time::{Duration, Instant},
@@ -53,7 +53,11 @@ impl Kind {
 
     /// Thousands of idle sessions are thousands of processes or threads for some.
     pub(crate) fn takes_part(self, scenario: Scenario) -> bool {
-        scenario != Scenario::Idle || !matches!(self, Self::Direct | Self::Dante | Self::Microsocks)
+        match scenario {
+            Scenario::Swap => self == Self::Culvert,
+            Scenario::Idle => !matches!(self, Self::Direct | Self::Dante | Self::Microsocks),
+            _ => true,
+        }
     }
 
     fn greets(self) -> Greeting {
@@ -81,6 +85,7 @@ pub(crate) struct Peer {
     pub(crate) kind: Kind,
     address: SocketAddr,
     child: Option<Child>,
+    folder: PathBuf,
 }
 
 impl Peer {
@@ -93,7 +98,7 @@ impl Peer {
         folder: &Path,
     ) -> anyhow::Result<Option<Self>> {
         if kind == Kind::Direct {
-            return Ok(Some(Self { kind, address: target, child: None }));
+            return Ok(Some(Self { kind, address: target, child: None, folder: PathBuf::new() }));
         }
         let address = free_address()?;
         let folder = folder.join(kind.name());
@@ -108,22 +113,32 @@ impl Peer {
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
             Err(error) => return Err(error.into()),
         };
-        let mut peer = Self { kind, address, child: Some(child) };
-        peer.await_ready(&folder)?;
+        let mut peer = Self { kind, address, child: Some(child), folder };
+        peer.await_ready()?;
         Ok(Some(peer))
     }
 
-    fn await_ready(&mut self, folder: &Path) -> anyhow::Result<()> {
+    fn await_ready(&mut self) -> anyhow::Result<()> {
         let deadline = Instant::now() + Duration::from_secs(10);
         while StdStream::connect(self.address).is_err() {
             let ended = self.child.as_mut().and_then(|child| child.try_wait().ok().flatten());
             if ended.is_some() || Instant::now() > deadline {
-                let log = fs::read_to_string(folder.join("log")).unwrap_or_default();
+                let log = self.log();
                 anyhow::bail!("{} did not start:\n{log}", self.kind.name());
             }
             std::thread::yield_now();
         }
         Ok(())
+    }
+
+    /// What the proxy has logged so far.
+    pub(crate) fn log(&self) -> String {
+        fs::read_to_string(self.folder.join("log")).unwrap_or_default()
+    }
+
+    /// Culvert's configuration; a change of it is a reload.
+    pub(crate) fn config(&self) -> PathBuf {
+        self.folder.join("culvert.toml")
     }
 
     /// What the proxy has used so far.

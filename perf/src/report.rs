@@ -33,12 +33,9 @@ impl Report {
     }
 }
 
-fn percentile(sample: &Sample, part: f64) -> f64 {
-    let at = (sample.latencies.len() as f64 * part) as usize;
-    sample
-        .latencies
-        .get(at.min(sample.latencies.len().saturating_sub(1)))
-        .map_or(0.0, |us| f64::from(*us))
+fn percentile(latencies: &[u32], part: f64) -> f64 {
+    let at = (latencies.len() as f64 * part) as usize;
+    latencies.get(at.min(latencies.len().saturating_sub(1))).map_or(0.0, |us| f64::from(*us))
 }
 
 fn rate(sample: &Sample) -> f64 {
@@ -56,6 +53,7 @@ impl fmt::Display for Report {
             Scenario::Echo => ("echo: 64 sessions, 128 bytes", "round trips/s", "us each", 1e6),
             Scenario::Churn => ("churn: connect, one byte, close", "connections/s", "us each", 1e6),
             Scenario::Idle => return self.fmt_idle(f),
+            Scenario::Swap => return self.fmt_swap(f),
         };
         let rounds = self.samples.values().map(Vec::len).max().unwrap_or(0);
         writeln!(f, "{title} (medians of {rounds} rounds)")?;
@@ -76,8 +74,8 @@ impl fmt::Display for Report {
                 kind.name(),
                 value(&rate),
                 value(&cost) * factor,
-                value(&|sample| percentile(sample, 0.5)),
-                value(&|sample| percentile(sample, 0.99)),
+                value(&|sample| percentile(&sample.latencies, 0.5)),
+                value(&|sample| percentile(&sample.latencies, 0.99)),
                 errors,
                 ours(&cost),
                 ours(&rate),
@@ -110,6 +108,24 @@ impl Report {
             )?;
         }
         self.fmt_absent(f)
+    }
+
+    fn fmt_swap(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let value =
+            |of: &dyn Fn(&Sample) -> f64| self.median(Kind::Culvert, of).unwrap_or(f64::NAN);
+        writeln!(f, "swap: a snapshot of 100,000 users a second")?;
+        for (name, part) in [("p50", 0.5), ("p99", 0.99)] {
+            let quiet = |sample: &Sample| percentile(&sample.quiet, part);
+            let swapping = |sample: &Sample| percentile(&sample.latencies, part);
+            writeln!(
+                f,
+                "{name}: {:.0} us, {:.0} us without; ratio {:.2}",
+                value(&swapping),
+                value(&quiet),
+                value(&|sample| swapping(sample) / quiet(sample)),
+            )?;
+        }
+        Ok(())
     }
 
     fn fmt_absent(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
