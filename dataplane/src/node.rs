@@ -32,15 +32,15 @@ use crate::{
     config::Config,
     end::Cause,
     log::AccessLog,
-    policy::{LoginPool, OwnAddresses, RememberKey, Snapshot, Table, Throttles, compile},
+    policy::{LoginPool, OwnAddresses, RememberKey, Snapshot, Table, Throttles, UserUse, compile},
     session::LiveInfo,
     telemetry::WorkerCounters,
-    upstream::Resolver,
+    upstream::{LOOKUPS_MAX, Resolver},
     worker::{self, MAILBOX, Message, NodePlaces, Parts, RECORDS, Shared},
 };
 
-/// Descriptors that are not for sessions: rings, listeners, logs, pipes, name servers, headroom.
-const DESCRIPTORS_RESERVED: u64 = 512;
+/// Descriptors that are not for sessions: two a lookup; rings, listeners, logs, pipes, headroom.
+const DESCRIPTORS_RESERVED: u64 = 2 * LOOKUPS_MAX as u64 + 512;
 /// Descriptors a session takes.
 const DESCRIPTORS_PER_SESSION: u64 = 2;
 /// How long a worker may take to answer before the node is not alive.
@@ -148,7 +148,10 @@ impl Node {
             .map_err(|problems| anyhow::anyhow!("{}", crate::log::problems(&problems)))?;
         let key = remember_key(config.state_dir.as_deref())?;
         let places = NodePlaces::new(sessions_max(config.sessions));
+        let everyone = Arc::new(UserUse::default());
+        everyone.apply(&config.settings.node);
         let shared = Arc::new(Shared {
+            everyone,
             snapshot: ArcSwap::from_pointee(snapshot),
             addresses: Arc::new(Table::new(places.max().min(1 << 20))),
             places,
@@ -210,10 +213,12 @@ impl Node {
         })?;
         let previous = self.shared.snapshot.load_full();
         let generation = previous.generation + 1;
+        // The host may have got further addresses since.
+        let local = culvert_rt::local_addresses();
         let compiled = compile(
             &config.policy,
             config.settings.clone(),
-            self.own.clone(),
+            OwnAddresses { local, ..self.own.clone() },
             generation,
             Some(&previous),
         );
@@ -224,11 +229,13 @@ impl Node {
             tracing::warn!(key, "changed; takes effect at the next start");
         }
         self.shared.places.set_max(sessions_max(config.sessions));
+        self.shared.everyone.apply(&config.settings.node);
         self.shared.snapshot.store(Arc::new(snapshot));
         if let Ok(mut published) = self.published.lock() {
             *published = Instant::now();
         }
         self.judge();
+        tokio::spawn(retire(previous));
         Ok(generation)
     }
 
@@ -265,7 +272,7 @@ impl Node {
     /// Whether every worker answers within a second.
     pub async fn is_alive(&self) -> bool {
         for answer in self.ask(Message::Ping) {
-            if tokio::time::timeout(ALIVE, answer).await.is_err() {
+            if !matches!(tokio::time::timeout(ALIVE, answer).await, Ok(Ok(()))) {
                 return false;
             }
         }
@@ -492,6 +499,14 @@ async fn start_worker(
         tracing::warn!(%reason, "running on epoll");
     }
     Ok(WorkerHandle { counters, driver, ring_fd, sender, records })
+}
+
+/// Holds an old snapshot until no worker does, so that none of them frees it.
+async fn retire(snapshot: Arc<Snapshot>) {
+    while Arc::strong_count(&snapshot) > 1 {
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    tokio::task::spawn_blocking(move || drop(snapshot));
 }
 
 /// One worker may find no ring where another did (locked memory is shared): say so once.

@@ -31,7 +31,7 @@ pub use record::Record;
 use crate::{
     end::{Cause, End, Stage},
     ledger::Meter,
-    policy::{Admission, Held, Permit, User},
+    policy::{Admission, AdmissionError, Held, Permit, User},
     relay::{Allowance, Context, Leg, Until, relay},
     settings::ListenerRules,
     telemetry::protocol_index,
@@ -56,6 +56,8 @@ pub struct Session {
     /// The node is full: say so, and no more.
     refused: bool,
     _place: Place,
+    /// Bytes that are in records already.
+    recorded: Cell<[u64; 2]>,
     /// The end was counted; a session that ends without was ended by a panic.
     ended: Cell<bool>,
 }
@@ -71,7 +73,7 @@ pub struct Place {
 /// Who uses the session.
 struct LoggedIn {
     user: Arc<User>,
-    _admission: Admission,
+    admission: Result<Admission, AdmissionError>,
 }
 
 /// When what began.
@@ -137,6 +139,7 @@ impl Session {
             login: RefCell::default(),
             refused: place.node.refusing,
             _place: place,
+            recorded: Cell::default(),
             ended: Cell::new(false),
             listener,
             worker,
@@ -153,7 +156,11 @@ impl Session {
             let request = match Box::pin(self.negotiate(&mut *handshake)).await {
                 Ok(request) => request,
                 // Between two requests, silence or a farewell ends the session well.
-                Err(end) if self.live.exchanges() > 0 && end.stage == Stage::Handshake => {
+                Err(End {
+                    cause: Cause::ClientClosed | Cause::ClientReset | Cause::IdleTimeout,
+                    stage: Stage::Handshake,
+                    ..
+                }) if self.live.exchanges() > 0 => {
                     return End::new(Stage::Relay, Cause::Finished);
                 }
                 Err(end) => return self.record_nothing(end),
@@ -266,7 +273,8 @@ impl Session {
     }
 
     fn allowance(&self) -> Allowance {
-        Allowance::new(self.login.borrow().as_ref().map(|login| login.user.shared.clone()))
+        let user = self.login.borrow().as_ref().map(|login| login.user.shared.clone());
+        Allowance::new(user, self.worker.shared.everyone.clone())
     }
 
     /// Between two requests of a connection: the idle deadline holds, then the handshake's.

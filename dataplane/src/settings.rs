@@ -14,6 +14,8 @@ pub struct Settings {
     pub timeouts: Timeouts,
     /// Limits of one client address.
     pub address: AddressLimits,
+    /// Rates of all sessions together.
+    pub node: culvert_api::policy::Limits,
     /// Failed logins.
     pub failures: crate::policy::ThrottleLimits,
     /// Which addresses of a name are tried first.
@@ -91,6 +93,7 @@ impl Default for Settings {
                 lifetime: None,
             },
             address: AddressLimits { sessions: 1000, new_sessions_per_second: 200 },
+            node: culvert_api::policy::Limits::default(),
             failures: crate::policy::ThrottleLimits {
                 address: per_two_minutes(10),
                 user: per_two_minutes(100),

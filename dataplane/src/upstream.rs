@@ -6,4 +6,4 @@ mod resolver;
 
 pub use dial::{Dialled, dial};
 pub use names::{Names, order};
-pub use resolver::{Answer, LookupError, Resolver, ResolverOptions};
+pub use resolver::{Answer, LOOKUPS_MAX, LookupError, Resolver, ResolverOptions};

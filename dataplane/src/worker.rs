@@ -21,7 +21,7 @@ use std::{
 use arc_swap::ArcSwap;
 use crossbeam::queue::ArrayQueue;
 use culvert_proto::Name;
-use culvert_rt::{Mailbox, Sender, Signal, Wheel, sleep, spawn};
+use culvert_rt::{Mailbox, Sender, Signal, Wheel, sleep, spawn_vital};
 use tokio::sync::oneshot;
 
 pub use place::{NodePlace, NodePlaces};
@@ -29,7 +29,7 @@ pub use place::{NodePlace, NodePlaces};
 use crate::{
     end::Cause,
     ledger::Ledger,
-    policy::{LoginPool, Snapshot, Table, Throttles},
+    policy::{LoginPool, Snapshot, Table, Throttles, UserUse},
     session::{Live, LiveInfo, Record},
     telemetry::WorkerCounters,
     upstream::{Answer, Names, Resolver},
@@ -48,6 +48,8 @@ pub struct Shared {
     pub snapshot: ArcSwap<Snapshot>,
     /// Sessions of the node.
     pub places: Arc<NodePlaces>,
+    /// What all sessions share: rates of the node.
+    pub everyone: Arc<UserUse>,
     /// Sessions and rates of client addresses.
     pub addresses: Arc<Table>,
     /// Failed logins.
@@ -178,10 +180,10 @@ pub async fn run(parts: Parts, ready: impl FnOnce()) -> std::io::Result<()> {
         shared,
     });
     worker.counters.generation.add(worker.snapshot().generation);
-    spawn(Wheel::run());
+    spawn_vital(Wheel::run());
     for (index, fd) in listeners.into_iter().enumerate() {
         let listener = culvert_rt::Listener::from_fd(fd)?;
-        spawn(accept::run(worker.clone(), listener, index));
+        spawn_vital(accept::run(worker.clone(), listener, index));
     }
     ready();
     loop {
@@ -297,7 +299,7 @@ impl Worker {
         }
         self.judging.set(Judging::Yes);
         let worker = self.clone();
-        spawn(async move {
+        spawn_vital(async move {
             loop {
                 worker.judging.set(Judging::Yes);
                 worker.judge_once().await;

@@ -42,7 +42,7 @@ pub use process::{
 pub use runtime::{Driver, DriverChoice, Runtime, RuntimeError, RuntimeOptions, cq_overflow};
 pub use signal::Signal;
 pub use socket::Socket;
-pub use task::{panics_total, spawn};
+pub use task::{panics_total, spawn, spawn_vital};
 
 /// Lets other tasks of the worker run. On the ring every send and every wait is an operation, so tasks
 /// take turns anyway (and a task that wakes itself would keep completions from being seen); on epoll

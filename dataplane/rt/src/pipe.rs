@@ -47,9 +47,12 @@ impl Pipe {
         }
         match Self::create() {
             Ok(pipe) => Some(pipe),
-            Err(_) => {
-                // The kernel will not give more; do not ask again for every flow.
-                MAX.set(MADE.get());
+            Err(error) => {
+                // Short, as all further ones would be: do not ask again for every flow. A want of
+                // descriptors passes.
+                if error.kind() == io::ErrorKind::Other {
+                    MAX.set(MADE.get());
+                }
                 None
             }
         }

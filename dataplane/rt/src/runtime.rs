@@ -228,10 +228,12 @@ type RingRuntime = monoio::Runtime<TimeDriver<IoUringDriver>>;
 /// The largest ring that can be had.
 fn ring(entries: u32) -> io::Result<(RingRuntime, Option<i32>)> {
     let mut entries = entries.next_power_of_two().max(ENTRIES_MIN);
+    let mut deferred = true;
     loop {
-        match ring_of(entries, true) {
-            Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {
-                return ring_of(entries, false);
+        match ring_of(entries, deferred) {
+            // A kernel before 6.1.
+            Err(error) if error.raw_os_error() == Some(libc::EINVAL) && deferred => {
+                deferred = false;
             }
             Err(error) if error.raw_os_error() == Some(libc::ENOMEM) && entries > ENTRIES_MIN => {
                 entries /= 2;

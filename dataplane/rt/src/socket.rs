@@ -90,11 +90,15 @@ impl Socket {
 
     /// Receives what is there; `WouldBlock` when nothing is, 0 at the end of the stream.
     pub fn receive(&self, room: &mut [u8]) -> io::Result<usize> {
+        self.receive_with(room, 0)
+    }
+
+    fn receive_with(&self, room: &mut [u8], flags: libc::c_int) -> io::Result<usize> {
+        let flags = flags | libc::MSG_DONTWAIT;
         loop {
             // SAFETY: `room` is writable for its whole length during the call.
-            let received = unsafe {
-                libc::recv(self.raw_fd(), room.as_mut_ptr().cast(), room.len(), libc::MSG_DONTWAIT)
-            };
+            let received =
+                unsafe { libc::recv(self.raw_fd(), room.as_mut_ptr().cast(), room.len(), flags) };
             match received {
                 -1 => {
                     let error = io::Error::last_os_error();
@@ -143,6 +147,11 @@ impl Socket {
             }
             Err(error) => Err(error),
         }
+    }
+
+    /// Whether the stream has ended, without receiving; `WouldBlock` when it is silent.
+    pub fn peek(&self) -> io::Result<bool> {
+        self.receive_with(&mut [0], libc::MSG_PEEK).map(|received| received == 0)
     }
 
     /// How many bytes a receive would find (`FIONREAD`).

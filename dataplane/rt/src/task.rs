@@ -22,13 +22,23 @@ pub fn spawn<F>(task: F)
 where
     F: Future<Output = ()> + 'static,
 {
-    drop(monoio::spawn(CatchPanic { task }));
+    drop(monoio::spawn(CatchPanic { task, vital: false }));
+}
+
+/// Runs a task that its worker cannot do without, such as the timer wheel. A panic of it ends the
+/// process, for its supervisor to start another: no client would notice anything else in time.
+pub fn spawn_vital<F>(task: F)
+where
+    F: Future<Output = ()> + 'static,
+{
+    drop(monoio::spawn(CatchPanic { task, vital: true }));
 }
 
 pin_project_lite::pin_project! {
     struct CatchPanic<F> {
         #[pin]
         task: F,
+        vital: bool,
     }
 }
 
@@ -36,11 +46,19 @@ impl<F: Future<Output = ()>> Future for CatchPanic<F> {
     type Output = ();
 
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<()> {
-        let task = self.project().task;
+        let this = self.project();
+        let task = this.task;
         // Unwind safety: the task is not polled again after a panic, only dropped.
         match catch_unwind(AssertUnwindSafe(|| task.poll(cx))) {
             Ok(poll) => poll,
             Err(payload) => {
+                if *this.vital {
+                    tracing::error!(
+                        panic = message(&payload),
+                        "a worker panicked; the process ends"
+                    );
+                    std::process::abort();
+                }
                 PANICS.fetch_add(1, Ordering::Relaxed);
                 tracing::error!(panic = message(&payload), "a session panicked and was ended");
                 Poll::Ready(())

@@ -6,7 +6,7 @@ use std::{
     sync::Arc,
 };
 
-use culvert_api::{Place, Problem, config::Tree};
+use culvert_api::{Place, Problem, config::Tree, policy::Limits};
 use culvert_proto::{Login, Protocol};
 use culvert_rt::DriverChoice;
 
@@ -81,6 +81,13 @@ fn settings(file: &File, listeners: &[ListenerConfig]) -> Settings {
         address: AddressLimits {
             sessions: file.limits.sessions_per_address,
             new_sessions_per_second: file.limits.new_sessions_per_second_per_address,
+        },
+        node: Limits {
+            up: file.limits.up,
+            down: file.limits.down,
+            burst: file.limits.burst,
+            new_sessions_per_second: file.limits.new_sessions_per_second,
+            ..Limits::default()
         },
         failures: ThrottleLimits {
             address: file.auth.failures_per_address,

@@ -2,7 +2,7 @@
 
 use std::{net::SocketAddr, path::PathBuf, time::Duration};
 
-use culvert_api::{Span, Throttle, policy::Policy};
+use culvert_api::{ByteCount, ByteRate, Span, Throttle, policy::Policy};
 use ipnet::IpNet;
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de::Visitor};
 
@@ -236,6 +236,14 @@ pub struct Limits {
     pub sessions_per_address: u32,
     /// New sessions of one client address a second; 0 is no limit.
     pub new_sessions_per_second_per_address: u32,
+    /// Bytes a second to targets, of all sessions together.
+    pub up: Option<ByteRate>,
+    /// Bytes a second to clients, of all sessions together.
+    pub down: Option<ByteRate>,
+    /// Bytes that may go at once after a pause; a tenth of a second's worth when left out.
+    pub burst: Option<ByteCount>,
+    /// New sessions a second, of all clients together.
+    pub new_sessions_per_second: Option<u32>,
 }
 
 impl Default for Limits {
@@ -244,6 +252,10 @@ impl Default for Limits {
             sessions: Auto(None),
             sessions_per_address: 1000,
             new_sessions_per_second_per_address: 200,
+            up: None,
+            down: None,
+            burst: None,
+            new_sessions_per_second: None,
         }
     }
 }

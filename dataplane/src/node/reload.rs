@@ -8,7 +8,7 @@ use std::{
 
 use notify::{
     EventKind, RecursiveMode, Watcher,
-    event::{AccessKind, AccessMode},
+    event::{AccessKind, AccessMode, CreateKind, ModifyKind},
 };
 use tokio::{
     signal::unix::{Signal, SignalKind, signal},
@@ -70,8 +70,7 @@ pub(super) async fn serve(
             _ = drain.recv() => break,
             _ = hang_up.recv() => reload(node, &source).await,
             Some(()) = changes.recv() => {
-                tokio::time::sleep(QUIET).await;
-                while changes.try_recv().is_ok() {}
+                while let Ok(Some(())) = tokio::time::timeout(QUIET, changes.recv()).await {}
                 reload(node, &source).await;
             }
             () = expiry(node) => node.judge(),
@@ -97,15 +96,14 @@ async fn reload(node: &Arc<Node>, source: &Source) {
     let usec = sd_notify::NotifyState::monotonic_usec_now();
     let _ = usec.map(|usec| sd_notify::notify(&[sd_notify::NotifyState::Reloading, usec]));
     let (path, publisher) = (path.clone(), node.clone());
-    let published =
-        tokio::task::spawn_blocking(move || match Config::load(&path, std::env::vars()) {
-            Ok(config) => publisher.publish(&config),
-            Err(problems) => {
-                publisher.rejected.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
-                Err(problems)
-            }
-        })
-        .await;
+    let published = beside_the_workers(move || match Config::load(&path, std::env::vars()) {
+        Ok(config) => publisher.publish(&config),
+        Err(problems) => {
+            publisher.rejected.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+            Err(problems)
+        }
+    })
+    .await;
     match published {
         Ok(Ok(generation)) => {
             let users = node.shared.snapshot.load().directory.len();
@@ -122,6 +120,20 @@ async fn reload(node: &Arc<Node>, source: &Source) {
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
 }
 
+/// Runs what takes long on a thread of its own that gives way to the workers.
+async fn beside_the_workers<T: Send + 'static>(
+    work: impl FnOnce() -> T + Send + 'static,
+) -> anyhow::Result<T> {
+    let (done, result) = tokio::sync::oneshot::channel();
+    let handle = tokio::runtime::Handle::current();
+    std::thread::Builder::new().name("compile".into()).spawn(move || {
+        let _runtime = handle.enter();
+        culvert_rt::lower_priority();
+        let _ = done.send(work());
+    })?;
+    Ok(result.await?)
+}
+
 /// Watches the file's folder, so that a file moved into its place is seen too. Without a watcher SIGHUP
 /// still works.
 fn watch(path: &Path, changed: mpsc::Sender<()>) -> Option<notify::RecommendedWatcher> {
@@ -133,6 +145,7 @@ fn watch(path: &Path, changed: mpsc::Sender<()>) -> Option<notify::RecommendedWa
         let written = match event.kind {
             // Reading the file is an event too; only a finished write is a change.
             EventKind::Access(kind) => kind == AccessKind::Close(AccessMode::Write),
+            EventKind::Modify(ModifyKind::Data(_)) | EventKind::Create(CreateKind::File) => false,
             _ => true,
         };
         // A folder of links (as orchestrators mount them) changes under another name.

@@ -28,7 +28,7 @@ pub fn compile(
     generation: u64,
     previous: Option<&Snapshot>,
 ) -> Result<Snapshot, Vec<Problem>> {
-    let mut compiler = Compiler { problems: policy.check(), groups: HashMap::new() };
+    let mut compiler = Compiler { problems: policy.check() };
     let direct = Arc::new(Upstream { name: "direct".into(), egress: None });
     let upstreams: HashMap<&str, Arc<Upstream>> = policy
         .upstream
@@ -74,27 +74,11 @@ pub fn compile(
 
 struct Compiler {
     problems: Vec<Problem>,
-    /// Group names to numbers. Numbers are hashes, so that they stay the same from one snapshot to the
-    /// next and unchanged users can be shared.
-    groups: HashMap<String, u32>,
 }
 
 impl Compiler {
     fn problem(&mut self, key: String, message: impl Into<String>) {
         self.problems.push(Problem::new(Place::Nowhere, key, message));
-    }
-
-    fn group(&mut self, name: &str) -> u32 {
-        if let Some(&number) = self.groups.get(name) {
-            return number;
-        }
-        // Two names with one number would be one group; so the loser of a collision moves on.
-        let mut number = stable_hash(name) as u32;
-        while self.groups.values().any(|&taken| taken == number) {
-            number = number.wrapping_add(1);
-        }
-        self.groups.insert(name.to_owned(), number);
-        number
     }
 
     /// The filters of one kind, gathered by their ports: usually one set for all.
@@ -161,7 +145,7 @@ impl Compiler {
             name: name.into(),
             users: given(&when.user).map(|users| users.iter().map(|u| u.as_str().into()).collect()),
             groups: given(&when.group)
-                .map(|groups| groups.iter().map(|name| self.group(name)).collect()),
+                .map(|groups| groups.iter().map(|name| stable_hash(name)).collect()),
             clients: given(&when.client).map(|nets| NetSet::new(nets.to_vec())),
             protocols: given(&when.protocol)
                 .map(|names| names.iter().filter_map(protocol).collect()),
@@ -222,7 +206,7 @@ impl Compiler {
             credential,
             status: user.status,
             expires: user.expires.map(|time| time.unix_timestamp()),
-            groups: user.groups.iter().map(|name| self.group(name)).collect(),
+            groups: user.groups.iter().map(|name| stable_hash(name)).collect(),
             sources: limits.source_addresses.clone().map(NetSet::new),
             egress: limits.egress_address,
             shared: known

@@ -80,7 +80,7 @@ impl Snapshot {
 pub(super) struct Rule {
     pub(super) name: Arc<str>,
     pub(super) users: Option<Box<[Arc<str>]>>,
-    pub(super) groups: Option<Box<[u32]>>,
+    pub(super) groups: Option<Box<[u64]>>,
     pub(super) clients: Option<NetSet>,
     pub(super) protocols: Option<Box<[Protocol]>>,
     pub(super) targets: Option<TargetSet>,

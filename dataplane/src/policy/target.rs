@@ -151,6 +151,9 @@ impl TargetSet {
 }
 
 fn name(text: &str) -> Result<Box<str>, String> {
+    if let Ok(Host::Ip(_)) = Host::parse(text.as_bytes()) {
+        return Err("an address, which no name is; list it in `cidr`".to_owned());
+    }
     Name::parse(text).map(|name| name.as_str().into()).map_err(|error| error.to_string())
 }
 

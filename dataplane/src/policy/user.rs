@@ -10,6 +10,8 @@ use std::{
 
 use culvert_api::policy::{self as api, Status};
 
+use crate::ledger::Direction;
+
 use super::{Bucket, Credential, Held, NetSet, Table, TableError, client_key};
 
 /// A user's number. In file mode it is a hash of the name.
@@ -29,8 +31,8 @@ pub struct User {
     pub status: Status,
     /// Seconds since 1970 at which the user expires.
     pub expires: Option<i64>,
-    /// Numbers of the groups, for rules.
-    pub(super) groups: Box<[u32]>,
+    /// Hashes of the groups' names, for rules.
+    pub(super) groups: Box<[u64]>,
     /// Where clients may come from; `None` is anywhere.
     pub(super) sources: Option<NetSet>,
     /// The address to dial from.
@@ -54,13 +56,13 @@ impl User {
     }
 }
 
-/// What all sessions of a user share.
+/// What all sessions of a user share, or all sessions of the node.
 #[derive(Debug, Default)]
 pub struct UserUse {
     /// Bytes a second to targets.
-    pub up: Bucket,
+    up: Bucket,
     /// Bytes a second to the client.
-    pub down: Bucket,
+    down: Bucket,
     new_sessions: Bucket,
     sessions: AtomicU32,
     sessions_max: AtomicU32,
@@ -87,8 +89,21 @@ pub enum AdmissionError {
 }
 
 impl UserUse {
+    /// The bytes a second of a direction.
+    pub fn bucket(&self, direction: Direction) -> &Bucket {
+        match direction {
+            Direction::Up => &self.up,
+            Direction::Down => &self.down,
+        }
+    }
+
+    /// Counts a new session; whether there may be one more this second.
+    pub fn begin_session(&self, now: u64) -> bool {
+        self.new_sessions.try_take(now)
+    }
+
     /// Applies limits; they hold from now on, for running sessions too (rates) or for new ones.
-    pub(super) fn apply(&self, limits: &api::Limits) {
+    pub fn apply(&self, limits: &api::Limits) {
         let rate = |rate: Option<culvert_api::ByteRate>| rate.map_or(0, |rate| rate.0);
         let burst = |rate: u64| limits.burst.map_or(rate / 10, |burst| burst.0);
         let (up, down) = (rate(limits.up), rate(limits.down));
@@ -120,11 +135,7 @@ impl UserUse {
             return Err(AdmissionError::Sessions);
         }
         let admission = Admission { user: self.clone(), _device: device };
-        if self.new_sessions.try_take(now) {
-            Ok(admission)
-        } else {
-            Err(AdmissionError::NewSessions)
-        }
+        if self.begin_session(now) { Ok(admission) } else { Err(AdmissionError::NewSessions) }
     }
 
     /// Sessions at once, now.

@@ -71,6 +71,14 @@ impl<'a> Leg<'a> {
         self.causes
     }
 
+    /// Whether there are early bytes.
+    pub(super) fn has_early(&self) -> bool {
+        let early = self.early.take();
+        let has = !early.is_empty();
+        self.early.set(early);
+        has
+    }
+
     /// Takes the early bytes.
     pub fn take_early(&self) -> Vec<u8> {
         self.early.take()

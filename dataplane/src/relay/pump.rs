@@ -7,7 +7,7 @@ use culvert_rt::{
     BUFFER_LARGE, BUFFER_SMALL, Buffer, PIPE_BYTES, Pipe, Stopped, sleep, take_turns,
 };
 
-use super::{Context, Course, Leg};
+use super::{Context, Course, Leg, Until};
 use crate::{end::Cause, ledger::Direction};
 
 /// Why a direction was cut.
@@ -70,7 +70,11 @@ impl Pump<'_> {
     /// # Errors
     /// Why it was cut.
     pub(super) async fn run(&self) -> Result<(), Cut> {
-        let end = self.pump().await;
+        let mut end = self.pump().await;
+        if end.is_ok() && self.course.until == Until::AnswerEnds && self.direction == Direction::Up
+        {
+            end = Box::pin(self.await_answer()).await;
+        }
         self.course.finish(self.direction, end, self.to);
         end
     }
@@ -116,6 +120,28 @@ impl Pump<'_> {
         }
         let ready = self.context().watch.guard(self.from.socket.readable()).await;
         ready.map_err(Cut::stopped)?.map_err(|_| self.source_failed())
+    }
+
+    /// The request is all said. A client that leaves before the answer has come ends both; one that
+    /// says more has begun another request.
+    async fn await_answer(&self) -> Result<(), Cut> {
+        while !self.from.has_early() {
+            match self.context().watch.guard(self.from.socket.readable()).await {
+                Ok(Ok(())) => {}
+                Ok(Err(_)) => return Err(self.source_failed()),
+                Err(stopped) if Cause::of_code(stopped.0) == Cause::Finished => break,
+                Err(stopped) => return Err(Cut::stopped(stopped)),
+            }
+            match self.from.socket.peek() {
+                Ok(false) => break,
+                Ok(true) => {
+                    return Err(Cut { cause: self.from.causes().closed, destination: false });
+                }
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                Err(_) => return Err(self.source_failed()),
+            }
+        }
+        Ok(())
     }
 
     fn is_over(&self) -> bool {

@@ -4,7 +4,7 @@ use std::{sync::Arc, time::Instant};
 
 use culvert_proto::{Command, Name, Request};
 
-use super::{Established, Record, Session};
+use super::{Established, LoggedIn, Record, Session};
 use crate::{
     end::{Cause, End, Stage},
     policy::{Decision, Denial, Permit, Query},
@@ -51,10 +51,12 @@ impl Session {
         if self.refused {
             return Err(End::new(Stage::Policy, Cause::NodeLimit));
         }
-        if self.live.over_limit.get() {
-            return Err(End::new(Stage::Policy, Cause::UserLimit));
+        match &*self.login.borrow() {
+            Some(LoggedIn { admission: Err(_), .. }) => {
+                Err(End::new(Stage::Policy, Cause::UserLimit))
+            }
+            _ => Ok(()),
         }
-        Ok(())
     }
 
     async fn connect(

@@ -35,8 +35,6 @@ pub struct Live {
     exchanges: Cell<u32>,
     rests: Cell<bool>,
     login: Cell<Option<LoginResult>>,
-    /// The user has as many sessions as allowed; this one only tells its client so.
-    pub over_limit: Cell<bool>,
     worker: Rc<Worker>,
 }
 
@@ -69,7 +67,6 @@ impl Live {
             exchanges: Cell::new(0),
             rests: Cell::new(false),
             login: Cell::new(None),
-            over_limit: Cell::new(false),
             worker: worker.clone(),
         });
         worker.enter(&live);

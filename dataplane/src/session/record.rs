@@ -31,7 +31,6 @@ pub struct Record {
     rule: Option<Arc<str>>,
     denial: Option<&'static str>,
     generation: u64,
-    before: [u64; 2],
     bytes: [u64; 2],
     begun: Instant,
     handshake: Duration,
@@ -74,7 +73,6 @@ impl Record {
             rule: None,
             denial: None,
             generation: 0,
-            before: session.moved(),
             bytes: [0; 2],
             begun: session.times.accepted,
             handshake: Duration::ZERO,
@@ -104,7 +102,8 @@ impl Record {
     /// Completes the record and queues it for the log.
     pub(super) fn finish(mut self, session: &Session, end: End) {
         let after = session.moved();
-        self.bytes = [after[0] - self.before[0], after[1] - self.before[1]];
+        let before = session.recorded.replace(after);
+        self.bytes = [after[0] - before[0], after[1] - before[1]];
         self.total = self.begun.elapsed();
         self.end = Some(end);
         session.worker.log(self);

@@ -22,8 +22,11 @@ use hickory_resolver::{
 };
 use tokio::sync::mpsc;
 
-/// Lookups under way at once, over all workers; beyond it they wait in a queue of the same length.
-const LOOKUPS_MAX: usize = 4096;
+/// Lookups under way at once, over all workers, each with two sockets of the descriptors that are kept
+/// free; beyond it they wait.
+pub const LOOKUPS_MAX: usize = 512;
+/// Lookups that wait.
+const LOOKUPS_WAITING_MAX: usize = 4096;
 /// Threads of the `getaddrinfo` mode.
 const BLOCKING_THREADS: usize = 8;
 /// Bounds of how long an answer is kept, whatever its TTL says.
@@ -97,7 +100,7 @@ impl Resolver {
     /// # Errors
     /// The servers cannot be read from `/etc/resolv.conf`, or threads cannot be started.
     pub fn start(options: &ResolverOptions) -> anyhow::Result<Self> {
-        let (queue, questions) = mpsc::channel(LOOKUPS_MAX);
+        let (queue, questions) = mpsc::channel(LOOKUPS_WAITING_MAX);
         if options.getaddrinfo {
             blocking(questions)?;
         } else {
@@ -237,7 +240,7 @@ fn missing(error: &NetError) -> Option<Option<Duration>> {
 
 /// The C library's resolver: knows nothing of TTLs, and its timeouts are those of `resolv.conf`.
 fn blocking(mut questions: mpsc::Receiver<(Name, Reply)>) -> std::io::Result<()> {
-    let (sender, jobs) = crossbeam::channel::bounded::<(Name, Reply)>(LOOKUPS_MAX);
+    let (sender, jobs) = crossbeam::channel::bounded::<(Name, Reply)>(LOOKUPS_WAITING_MAX);
     for i in 0..BLOCKING_THREADS {
         let jobs = jobs.clone();
         thread::Builder::new().name(format!("resolve-{i}")).spawn(move || {

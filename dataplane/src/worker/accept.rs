@@ -86,7 +86,8 @@ fn admit(
         return Err(TurnedAway::Draining);
     }
     let address = hold_address(worker, client, snapshot.settings.address)?;
-    let node = worker.shared.places.take().ok_or(TurnedAway::Node)?;
+    let hasty = !worker.shared.everyone.begin_session(clock());
+    let node = worker.shared.places.take(hasty).ok_or(TurnedAway::Node)?;
     Ok(Place { address, node })
 }
 

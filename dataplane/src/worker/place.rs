@@ -45,13 +45,14 @@ impl NodePlaces {
         self.max.store(max, Relaxed);
     }
 
-    /// Takes a place, or one for telling a client that there is none; `None` when those are gone too.
-    pub fn take(self: &Arc<Self>) -> Option<NodePlace> {
+    /// Takes a place, or one for telling a client that there is none (as for all, when `none` are to be
+    /// had now); `None` when those are gone too.
+    pub fn take(self: &Arc<Self>, none: bool) -> Option<NodePlace> {
         let take = |counter: &AtomicUsize, max: usize| {
             let more = |taken: usize| (taken < max).then_some(taken + 1);
             counter.fetch_update(Relaxed, Relaxed, more).is_ok()
         };
-        if take(&self.taken, self.max()) {
+        if !none && take(&self.taken, self.max()) {
             return Some(NodePlace { places: self.clone(), refusing: false });
         }
         take(&self.refusing, REFUSING_MAX)
@@ -73,10 +74,11 @@ mod tests {
     #[test]
     fn the_limit_holds_and_a_few_are_told() {
         let places = NodePlaces::new(2);
-        let taken: Vec<_> = std::iter::from_fn(|| places.take()).collect();
+        let taken: Vec<_> = std::iter::from_fn(|| places.take(false)).collect();
         assert_eq!(taken.iter().filter(|place| !place.refusing).count(), 2);
         assert_eq!(taken.len(), 2 + REFUSING_MAX);
         drop(taken);
-        assert!(!places.take().unwrap().refusing);
+        assert!(places.take(true).unwrap().refusing);
+        assert!(!places.take(false).unwrap().refusing);
     }
 }

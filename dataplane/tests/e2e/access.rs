@@ -30,6 +30,23 @@ fn a_changed_file_is_in_force_at_once_and_a_bad_one_changes_nothing() {
 }
 
 #[test]
+fn a_file_is_read_when_it_is_whole() {
+    let mut proxy = Setup::new().user("ann", "").start();
+    let path = proxy.folder.path().join("culvert.toml");
+    let text = std::fs::read_to_string(&path).unwrap();
+    let bob = format!("[[policy.user]]\nname = 'bob'\npassword_hash = '{HASH}'\n");
+    let mut file = std::fs::File::create(&path).unwrap();
+    let (head, tail) = text.split_once("[[policy.user]]").unwrap();
+    file.write_all(head.as_bytes()).unwrap();
+    // Longer than a change is waited out.
+    crate::support::pause(Duration::from_millis(600));
+    file.write_all(format!("[[policy.user]]{tail}{bob}").as_bytes()).unwrap();
+    drop(file);
+    let line = proxy.await_line("configuration ");
+    assert!(line.contains("users=2") && line.contains("generation=2"), "{line}");
+}
+
+#[test]
 fn a_hang_up_reloads_too() {
     let mut proxy = Setup::new().start();
     proxy.signal("-HUP");

@@ -239,3 +239,22 @@ fn a_dripped_head_is_closed_at_its_bound() {
     assert!(proxy.cpu() - before < std::time::Duration::from_millis(200));
     assert_eq!(proxy.await_records(1)[0]["end"], "client_malformed");
 }
+
+#[test]
+fn a_client_that_leaves_while_it_waits_ends_its_session() {
+    let (sender, gone) = std::sync::mpsc::channel();
+    let silent = target(move |mut stream| {
+        let mut request = Vec::new();
+        let _ = stream.read_to_end(&mut request);
+        sender.send(request.len()).unwrap();
+    });
+    let proxy = with_ann();
+    let mut client = proxy.connect();
+    let request = format!("GET http://{silent}/ HTTP/1.1\r\nHost: a\r\n{LOGIN}\r\n");
+    client.write_all(request.as_bytes()).unwrap();
+    proxy.await_metric("culvert_exchanges_total", 1.0);
+    drop(client);
+    assert!(gone.recv_timeout(crate::support::PATIENCE).unwrap() > 0);
+    let records = proxy.await_records(1);
+    assert_eq!(records[0]["end"], "client_closed");
+}

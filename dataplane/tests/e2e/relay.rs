@@ -9,7 +9,7 @@ use std::{
 };
 
 use crate::support::{
-    PATIENCE, Setup, await_some, echo, pattern, pause, ping, reset, rounds, target,
+    PATIENCE, Setup, TestProxy, await_some, echo, pattern, pause, ping, reset, rounds, target,
 };
 
 const MIB: usize = 1 << 20;
@@ -196,12 +196,22 @@ fn idle_relays_are_reaped_and_slow_ones_live() {
 #[test]
 fn a_users_rate_holds_over_all_connections_and_cores() {
     let limits = "limits = { up = '10Mbit/s', down = '10Mbit/s', burst = '100kB' }";
-    let proxy = Setup::new().user("ann", limits).start();
+    ten_flows_share_ten_megabit(&Setup::new().user("ann", limits).start(), ["ann"; 2]);
+}
+
+#[test]
+fn the_nodes_rate_holds_over_all_users() {
+    let limits = "[limits]\ndown = '10Mbit/s'\nburst = '100kB'";
+    let proxy = Setup::new().with(limits).user("ann", "").user("bob", "").start();
+    ten_flows_share_ten_megabit(&proxy, ["ann", "bob"]);
+}
+
+fn ten_flows_share_ten_megabit(proxy: &TestProxy, users: [&str; 2]) {
     let source = target(|mut stream| while stream.write_all(&[1; 64 * 1024]).is_ok() {});
     let time = Duration::from_secs(rounds(5, 10) as u64);
     let flows: Vec<_> = (0..10)
-        .map(|_| {
-            let mut stream = proxy.tunnel(Some("ann"), source);
+        .map(|flow| {
+            let mut stream = proxy.tunnel(Some(users[flow % 2]), source);
             thread::spawn(move || {
                 let started = Instant::now();
                 let (mut total, mut first, mut buffer) = (0, 0, vec![0; 64 * 1024]);

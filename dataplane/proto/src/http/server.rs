@@ -229,7 +229,9 @@ impl Handshake for Server {
                 self.state = State::Done(Reuse::Close);
             }
             _ => {
-                let reuse = if bodyless { reuse } else { Reuse::Close };
+                // Where there is no room, no connection is kept.
+                let stays = bodyless && outcome != Outcome::LimitReached;
+                let reuse = if stays { reuse } else { Reuse::Close };
                 let proxy_status = format!("culvert; error={}", proxy_status(outcome));
                 let text = format!("{reason}.\n");
                 self.answer(code, reason, &[("Proxy-Status", &proxy_status)], &text, reuse);

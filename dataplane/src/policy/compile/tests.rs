@@ -323,6 +323,13 @@ fn every_problem_is_named_and_nothing_changes() {
             "user[2].name"
         ]
     );
-    let rate = first.directory.find(b"ann").unwrap().shared.up.reserve(1 << 30, clock()).units;
+    let rate = first
+        .directory
+        .find(b"ann")
+        .unwrap()
+        .shared
+        .bucket(crate::ledger::Direction::Up)
+        .reserve(1 << 30, clock())
+        .units;
     assert_eq!(rate, 1_000_000 / 50, "the old rate still holds");
 }
