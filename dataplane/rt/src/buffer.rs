@@ -1,7 +1,8 @@
 //! Buffers of a worker: two sizes, kept in a per-thread pool, moved into operations and given back.
 //!
-//! A session that waits holds none. Memory: at most [`BUFFERS_LARGE_MAX`] large buffers a worker
-//! (12 MiB), and one small buffer for each direction that holds bytes its destination has not taken.
+//! A session that waits holds none, but for at most 512 held receives a worker (8 MiB). Memory besides:
+//! at most [`BUFFERS_LARGE_MAX`] large buffers a worker (12 MiB), and one small buffer for each direction
+//! that holds bytes its destination has not taken.
 
 use std::{cell::RefCell, mem};
 

@@ -4,10 +4,12 @@
 //! the rules that make monoio 0.2.4 safe for a proxy:
 //!
 //! * nothing that holds data is ever dropped while the kernel works on it: a task waits with
-//!   [`Socket::readable`] or [`Socket::writable`], which hold none; only a send holds a buffer, and is
-//!   ended by shutting its socket down ([`Socket::send`]);
+//!   [`Socket::readable`] or [`Socket::writable`], which hold none; only a send and a held receive have
+//!   a buffer, and are ended by shutting their socket down ([`Socket::send`],
+//!   [`Socket::receive_held`]);
 //! * a session is ended from outside by its [`Watch`], which wakes it; it then closes its own sockets;
-//! * a panic in a task ends that task only ([`spawn`]);
+//! * a panic in a task ends that task only ([`spawn`]), but for those a worker cannot do without
+//!   ([`spawn_vital`]);
 //! * a full submission queue is flushed, a busy ring waited for ([`Runtime`]; tested).
 //!
 //! It never parses a protocol and knows nothing of users or policy.
