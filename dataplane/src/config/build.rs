@@ -326,10 +326,19 @@ mod tests {
     fn the_example_shows_the_defaults() {
         let read: File =
             culvert_api::config::Tree::parse(EXAMPLE, Format::Toml).unwrap().read().unwrap();
+        // Where there is no default, there is an example.
+        let (limits, default) = (read.limits.clone(), File::default());
         let default = File {
             listener: read.listener.clone(),
             policy: read.policy.clone(),
-            ..File::default()
+            limits: file::Limits {
+                up: limits.up,
+                down: limits.down,
+                burst: limits.burst,
+                new_sessions_per_second: limits.new_sessions_per_second,
+                ..default.limits
+            },
+            ..default
         };
         assert_eq!(read, default);
     }
