@@ -17,6 +17,7 @@ const HASH: &str = "$2b$10$C6UzMDM.H6dfI/f/IKcEeO7oc6YF/OQjL5cV6LJMVP8h3YLyYyEBe
 fn users(count: usize) -> Vec<User> {
     (0..count)
         .map(|i| User {
+            id: None,
             name: format!("user{i}"),
             password_hash: HASH.to_owned(),
             status: Default::default(),

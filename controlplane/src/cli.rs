@@ -1,9 +1,25 @@
 //! The command line.
 
-use std::{net::SocketAddr, process::ExitCode};
+use std::{io::Read, path::PathBuf, process::ExitCode};
 
-use clap::{Parser, Subcommand};
+use anyhow::Context;
+use clap::{Args, Parser, Subcommand};
+use sea_orm::{
+    ActiveModelTrait, ColumnTrait, EntityTrait, IntoActiveModel, QueryFilter, QueryOrder, Set,
+};
 use tokio::signal::unix::{SignalKind, signal};
+
+use crate::{
+    app,
+    auth::{check_password, hash_password},
+    config::{Config, LogFormat},
+    http,
+    store::{
+        Actor, Change,
+        entity::{node, user},
+        now,
+    },
+};
 
 /// The control plane of Culvert.
 #[derive(Debug, Parser)]
@@ -13,20 +29,94 @@ struct Cli {
     command: Command,
 }
 
+#[derive(Debug, Args)]
+struct File {
+    /// The configuration file; without one the defaults hold.
+    #[arg(short, long, value_name = "FILE")]
+    config: Option<PathBuf>,
+}
+
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// Serve. This version answers /livez and /readyz.
+    /// Serve the API, the page and the nodes.
     Serve {
-        /// Where to listen.
-        #[arg(long, default_value = "127.0.0.1:8012")]
-        bind: SocketAddr,
+        #[command(flatten)]
+        file: File,
+    },
+    /// Bring the database's schema up to date, and end.
+    Migrate {
+        #[command(flatten)]
+        file: File,
+    },
+    /// Print the API's description (OpenAPI 3.1, JSON).
+    Openapi,
+    /// Users.
+    #[command(subcommand)]
+    User(UserCommand),
+    /// Nodes.
+    #[command(subcommand)]
+    Node(NodeCommand),
+}
+
+#[derive(Debug, Subcommand)]
+enum UserCommand {
+    /// Make a user; the password comes from standard input.
+    Add {
+        /// The name.
+        name: String,
+        /// Make an admin, who may use the API for everything and not the proxy.
+        #[arg(long)]
+        admin: bool,
+        #[command(flatten)]
+        file: File,
+    },
+    /// List users.
+    List {
+        #[command(flatten)]
+        file: File,
+    },
+    /// Set a user's password, from standard input.
+    Passwd {
+        /// The name.
+        name: String,
+        #[command(flatten)]
+        file: File,
+    },
+    /// Let a user log in no more; live sessions end.
+    Disable {
+        /// The name.
+        name: String,
+        #[command(flatten)]
+        file: File,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+enum NodeCommand {
+    /// Enrol a node.
+    Add {
+        /// Its `node.name`.
+        name: String,
+        #[command(flatten)]
+        file: File,
+    },
+    /// List nodes.
+    List {
+        #[command(flatten)]
+        file: File,
+    },
+    /// Let a node connect no more.
+    Revoke {
+        /// Its name.
+        name: String,
+        #[command(flatten)]
+        file: File,
     },
 }
 
 /// Runs the program.
 pub fn main() -> ExitCode {
-    let Command::Serve { bind } = Cli::parse().command;
-    match serve(bind) {
+    match run(Cli::parse().command) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("culvert-control: {error:#}");
@@ -35,19 +125,154 @@ pub fn main() -> ExitCode {
     }
 }
 
-fn serve(bind: SocketAddr) -> anyhow::Result<()> {
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+fn run(command: Command) -> anyhow::Result<()> {
+    let runtime =
+        tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
     runtime.block_on(async {
-        let listener = tokio::net::TcpListener::bind(bind).await.map_err(|error| {
-            anyhow::anyhow!("{bind}: {error}; choose another address with --bind")
-        })?;
-        println!("listening on http://{}", listener.local_addr()?);
-        let mut terminate = signal(SignalKind::terminate())?;
-        let mut interrupt = signal(SignalKind::interrupt())?;
-        let ended = async move {
-            tokio::select! { _ = terminate.recv() => {}, _ = interrupt.recv() => {} }
-        };
-        axum::serve(listener, crate::app::router()).with_graceful_shutdown(ended).await?;
-        Ok(())
+        match command {
+            Command::Openapi => {
+                println!("{}", http::openapi().to_pretty_json()?);
+                Ok(())
+            }
+            Command::Serve { file } => serve(&file.load()?).await,
+            Command::Migrate { file } => app::store(&file.load()?).await.map(drop),
+            Command::User(command) => command.run().await,
+            Command::Node(command) => command.run().await,
+        }
     })
+}
+
+impl File {
+    fn load(&self) -> anyhow::Result<Config> {
+        Config::load(self.config.as_deref()).map_err(|problems| {
+            let lines: Vec<String> = problems.iter().map(ToString::to_string).collect();
+            anyhow::anyhow!("{}", lines.join("\n"))
+        })
+    }
+}
+
+async fn serve(config: &Config) -> anyhow::Result<()> {
+    use tracing_subscriber::EnvFilter;
+    let filter = EnvFilter::try_new(&config.log.level).context("log.level")?;
+    let builder = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_ansi(false)
+        .with_target(false);
+    match config.log.format {
+        LogFormat::Json => builder.json().init(),
+        LogFormat::Text => builder.init(),
+    }
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    app::serve(config, async move {
+        tokio::select! { _ = terminate.recv() => {}, _ = interrupt.recv() => {} }
+    })
+    .await
+}
+
+fn actor() -> Actor {
+    Actor { name: "command line".into(), address: String::new() }
+}
+
+fn password() -> anyhow::Result<String> {
+    let mut text = String::new();
+    std::io::stdin().take(1024).read_to_string(&mut text)?;
+    let password = text.trim_end_matches(['\r', '\n']).to_owned();
+    check_password(&password).map_err(|error| anyhow::anyhow!("{error}"))?;
+    Ok(password)
+}
+
+fn failed(error: sea_orm::DbErr) -> anyhow::Error {
+    if crate::store::is_duplicate(&error) {
+        anyhow::anyhow!("there is one of that name")
+    } else {
+        anyhow::anyhow!("the database failed: {error}")
+    }
+}
+
+async fn known(db: &sea_orm::DatabaseTransaction, name: &str) -> anyhow::Result<user::Model> {
+    let found = user::Entity::find().filter(user::Column::Name.eq(name)).one(db).await;
+    found.map_err(failed)?.with_context(|| format!("there is no user {name:?}"))
+}
+
+impl UserCommand {
+    async fn run(self) -> anyhow::Result<()> {
+        match self {
+            Self::Add { name, admin, file } => {
+                let store = app::store(&file.load()?).await?;
+                let hash = hash_password(password()?).await.context("no hash could be made")?;
+                let role = if admin { "admin" } else { "user" };
+                let edit = store.edit(actor()).await?;
+                let db = edit.db();
+                let row = app::new_user(&name, &hash, role).insert(db).await.map_err(failed)?;
+                edit.commit(Change::new("user.create", &name).user(row.id)).await.map_err(failed)
+            }
+            Self::List { file } => {
+                let store = app::store(&file.load()?).await?;
+                let users = user::Entity::find().order_by_asc(user::Column::Id);
+                for user in users.all(store.db()).await? {
+                    println!("{}\t{}\t{}\t{}", user.id, user.name, user.role, user.status);
+                }
+                Ok(())
+            }
+            Self::Passwd { name, file } => {
+                let store = app::store(&file.load()?).await?;
+                let hash = hash_password(password()?).await.context("no hash could be made")?;
+                let edit = store.edit(actor()).await?;
+                let db = edit.db();
+                let user = known(db, &name).await?;
+                let change = http::edit_password(db, user.id, &hash).await;
+                let change = change.map_err(|problem| anyhow::anyhow!(problem.detail))?;
+                edit.commit(change).await.map_err(failed)
+            }
+            Self::Disable { name, file } => {
+                let store = app::store(&file.load()?).await?;
+                let edit = store.edit(actor()).await?;
+                let db = edit.db();
+                let user = known(db, &name).await?;
+                let (id, mut row) = (user.id, user.into_active_model());
+                row.status = Set("disabled".into());
+                row.updated_at = Set(now());
+                row.update(db).await?;
+                edit.commit(Change::new("user.disable", &name).user(id)).await.map_err(failed)
+            }
+        }
+    }
+}
+
+impl NodeCommand {
+    async fn run(self) -> anyhow::Result<()> {
+        match self {
+            Self::Add { name, file } => {
+                let store = app::store(&file.load()?).await?;
+                let edit = store.edit(actor()).await?;
+                let db = edit.db();
+                http::new_node(&name).insert(db).await.map_err(failed)?;
+                edit.commit(Change::new("node.add", &name)).await.map_err(failed)
+            }
+            Self::List { file } => {
+                let store = app::store(&file.load()?).await?;
+                let nodes = node::Entity::find().order_by_asc(node::Column::Id);
+                for node in nodes.all(store.db()).await? {
+                    println!("{}\t{}\t{}\t{}", node.id, node.name, node.status, node.version);
+                }
+                Ok(())
+            }
+            Self::Revoke { name, file } => {
+                let store = app::store(&file.load()?).await?;
+                let edit = store.edit(actor()).await?;
+                let db = edit.db();
+                let revoked = node::Entity::update_many()
+                    .col_expr(node::Column::Status, "revoked".into())
+                    .filter(node::Column::Name.eq(&name))
+                    .exec(db)
+                    .await?;
+                if revoked.rows_affected == 0 {
+                    anyhow::bail!("there is no node {name:?}");
+                }
+                edit.commit(Change::new("node.revoke", &name)).await.map_err(failed)
+            }
+        }
+    }
 }

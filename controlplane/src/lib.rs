@@ -1,5 +1,12 @@
 //! Culvert's control plane: users, rules, quotas, logs and statistics in a database, an admin API and a
-//! page. This version serves its health only; nodes follow their own files.
+//! page.
 
 pub mod app;
+pub mod auth;
 pub mod cli;
+pub mod config;
+pub mod http;
+pub mod link;
+pub mod publish;
+pub mod store;
+pub mod usage;

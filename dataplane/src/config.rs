@@ -61,6 +61,8 @@ pub struct Config {
     pub log: LogConfig,
     /// Who may do what.
     pub policy: Policy,
+    /// The socket of the control plane whose policy is followed instead.
+    pub control: Option<PathBuf>,
 }
 
 /// One listener.
@@ -164,6 +166,7 @@ impl Config {
             ("admin.bind", self.admin != other.admin),
             ("dns", self.resolver != other.resolver),
             ("timeouts.drain", self.drain != other.drain),
+            ("control", self.control != other.control),
             ("log", self.log != other.log),
         ];
         changed.into_iter().filter(|(_, changed)| *changed).map(|(key, _)| key).collect()
@@ -214,6 +217,7 @@ impl Config {
                 rotate: Rotate::Never,
             },
             policy: Policy { user: user.into_iter().collect(), ..Policy::default() },
+            control: None,
         }
     }
 }

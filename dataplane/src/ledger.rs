@@ -1,22 +1,31 @@
-//! Where moved bytes are counted: one slot a session, written by its worker only.
+//! Where moved bytes are counted: one slot a session and one total a user, written by their worker
+//! only, in memory that may be a file.
 //!
 //! The meter sets `pending` before the system call that moves bytes and adds the result to `done`
 //! afterwards, so whoever reads a slot at any moment knows: `done` ≤ what the peer got ≤ `done +
-//! pending`. A byte counts when the kernel has accepted it for the other side.
+//! pending`. A byte counts when the kernel has accepted it for the other side. When a session ends, or
+//! goes on as another user, what it has done is added to the user's total in steps that recovery can
+//! take again after the process was killed between any two of them.
+
+#[allow(unsafe_code)]
+mod map;
+mod recover;
 
 use std::{
-    cell::RefCell,
+    cell::{Cell, RefCell},
+    collections::HashMap,
     rc::Rc,
     sync::{
         Arc,
-        atomic::{AtomicU64, Ordering::Relaxed},
+        atomic::Ordering::{Relaxed, Release},
     },
 };
 
-use crate::telemetry::WorkerCounters;
+pub use map::{Map, Region, path};
+use map::{Slot, State};
+pub use recover::{Recovered, recover};
 
-/// Slots are made so many at a time (64 KiB).
-const CHUNK: usize = 1024;
+use crate::telemetry::WorkerCounters;
 
 /// Which way bytes go.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -40,54 +49,133 @@ impl Direction {
     }
 }
 
-/// One session's counters.
-#[derive(Debug, Default)]
-#[repr(align(64))]
-pub struct Slot {
-    pending: [AtomicU64; 2],
-    done: [AtomicU64; 2],
-}
+/// Bytes both ways, in the order of [`Direction::ALL`].
+pub type Bytes = [u64; 2];
 
-/// A worker's slots.
+/// A worker's slots and totals.
 pub struct Ledger {
     counters: Arc<WorkerCounters>,
-    free: RefCell<Vec<(Arc<[Slot]>, u32)>>,
+    region: Region,
+    /// Slots that were used and are free again; those from `unused` on never were.
+    free: RefCell<Vec<u32>>,
+    unused: Cell<u32>,
+    /// Which total is whose.
+    index: RefCell<HashMap<u64, u32, ahash::RandomState>>,
+    /// Totals that grew since they were last told.
+    grown: RefCell<Vec<u32>>,
 }
 
 impl Ledger {
-    /// A ledger that adds to a worker's counters too.
-    pub fn new(counters: Arc<WorkerCounters>) -> Rc<Self> {
-        Rc::new(Self { counters, free: RefCell::default() })
+    /// A ledger in its worker's region, that adds to the worker's counters too.
+    pub fn new(counters: Arc<WorkerCounters>, region: Region) -> Rc<Self> {
+        Rc::new(Self {
+            counters,
+            region,
+            free: RefCell::default(),
+            unused: Cell::new(0),
+            index: RefCell::default(),
+            grown: RefCell::default(),
+        })
     }
 
-    /// Opens a slot for a session.
-    pub fn open(self: &Rc<Self>) -> Meter {
-        let mut free = self.free.borrow_mut();
-        if free.is_empty() {
-            let chunk: Arc<[Slot]> = (0..CHUNK).map(|_| Slot::default()).collect();
-            free.extend((0..CHUNK as u32).rev().map(|index| (chunk.clone(), index)));
+    /// Opens a slot for a session, nobody's at first; `None` when all are in use.
+    pub fn open(self: &Rc<Self>) -> Option<Meter> {
+        let index = self.free.borrow_mut().pop().or_else(|| {
+            let unused = self.unused.get();
+            ((unused as usize) < self.region.slots().len()).then(|| {
+                self.unused.set(unused + 1);
+                unused
+            })
+        })?;
+        Some(Meter { ledger: self.clone(), index, user: Cell::new(0), settled: Cell::default() })
+    }
+
+    /// The total of a user; `None` when there is no room for another.
+    fn total(&self, user: u64) -> Option<u32> {
+        let mut index = self.index.borrow_mut();
+        if let Some(&known) = index.get(&user) {
+            return Some(known);
         }
-        let (chunk, index) = free.pop().expect("a chunk of slots was just added");
-        Meter { ledger: self.clone(), chunk, index }
+        let next = u32::try_from(index.len()).ok()?;
+        self.region.totals().get(next as usize)?.user.store(user, Release);
+        index.insert(user, next);
+        Some(next)
+    }
+
+    /// The sums, since the process began, of users whose sums may have changed since the last call.
+    pub fn tell(&self) -> Vec<(u64, Bytes)> {
+        let totals = self.region.totals();
+        let live = || {
+            let slots = self.region.slots()[..self.unused.get() as usize].iter();
+            slots.filter_map(|slot| Some((slot.state().total()?, slot.done())))
+        };
+        let grown: Vec<u32> = self.grown.borrow_mut().drain(..).collect();
+        let mut sums: HashMap<u64, Bytes, ahash::RandomState> = HashMap::default();
+        for index in grown.into_iter().chain(live().map(|(index, _)| index)) {
+            let total = &totals[index as usize];
+            sums.insert(total.user.load(Relaxed), total.read());
+        }
+        for (index, done) in live() {
+            if let Some(sum) = sums.get_mut(&totals[index as usize].user.load(Relaxed)) {
+                (sum[0], sum[1]) = (sum[0] + done[0], sum[1] + done[1]);
+            }
+        }
+        sums.into_iter().filter(|(_, sum)| *sum != [0, 0]).collect()
     }
 }
 
 /// The writer of one slot; frees it when dropped.
 pub struct Meter {
     ledger: Rc<Ledger>,
-    chunk: Arc<[Slot]>,
     index: u32,
+    /// Whose bytes are counted; 0 is nobody.
+    user: Cell<u64>,
+    /// What was added to totals already, or was nobody's.
+    settled: Cell<Bytes>,
 }
 
 impl Meter {
     fn slot(&self) -> &Slot {
-        &self.chunk[self.index as usize]
+        &self.ledger.region.slots()[self.index as usize]
+    }
+
+    /// Bytes moved from now on are a user's, or nobody's (0). `false` when there is no room to count
+    /// for another user.
+    pub fn belongs_to(&self, user: u64) -> bool {
+        if self.user.get() == user {
+            return true;
+        }
+        self.settle();
+        self.user.set(0);
+        self.slot().set(State::Free);
+        if user == 0 {
+            return true;
+        }
+        let Some(total) = self.ledger.total(user) else { return false };
+        self.user.set(user);
+        self.slot().set(State::Live(total));
+        true
+    }
+
+    /// Adds what was done to the user's total. Each step is safe to be taken again by recovery.
+    fn settle(&self) {
+        let (slot, done) = (self.slot(), self.slot().done());
+        if let Some(index) = slot.state().total() {
+            let total = &self.ledger.region.totals()[index as usize];
+            let before = total.read();
+            slot.closing(index, before);
+            total.write([before[0] + done[0], before[1] + done[1]]);
+            self.ledger.grown.borrow_mut().push(index);
+        }
+        let settled = self.settled.get();
+        self.settled.set([settled[0] + done[0], settled[1] + done[1]]);
+        slot.clear();
     }
 
     /// Says that a call is about to move up to `bytes`.
     #[inline]
     pub fn pending(&self, direction: Direction, bytes: usize) {
-        self.slot().pending[direction as usize].store(bytes as u64, Relaxed);
+        self.slot().pending[direction as usize].store(bytes as u64, Release);
     }
 
     /// Says how many bytes the call moved.
@@ -95,23 +183,24 @@ impl Meter {
     pub fn moved(&self, direction: Direction, bytes: usize) {
         let slot = self.slot();
         let done = &slot.done[direction as usize];
-        done.store(done.load(Relaxed) + bytes as u64, Relaxed);
-        slot.pending[direction as usize].store(0, Relaxed);
+        done.store(done.load(Relaxed) + bytes as u64, Release);
+        slot.pending[direction as usize].store(0, Release);
         self.ledger.counters.bytes[direction as usize].add(bytes as u64);
     }
 
     /// Bytes moved so far.
     pub fn done(&self, direction: Direction) -> u64 {
-        self.slot().done[direction as usize].load(Relaxed)
+        self.settled.get()[direction as usize] + self.slot().done[direction as usize].load(Relaxed)
     }
 }
 
 impl Drop for Meter {
     fn drop(&mut self) {
-        for direction in Direction::ALL {
-            self.slot().pending[direction as usize].store(0, Relaxed);
-            self.slot().done[direction as usize].store(0, Relaxed);
-        }
-        self.ledger.free.borrow_mut().push((self.chunk.clone(), self.index));
+        self.settle();
+        self.slot().set(State::Free);
+        self.ledger.free.borrow_mut().push(self.index);
     }
 }
+
+#[cfg(test)]
+mod tests;

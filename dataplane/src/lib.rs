@@ -10,6 +10,7 @@ pub mod cli;
 pub mod config;
 pub mod end;
 pub mod ledger;
+pub mod link;
 pub mod log;
 pub mod node;
 pub mod policy;

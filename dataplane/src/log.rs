@@ -2,6 +2,7 @@
 //! is ever waited for.
 
 mod access;
+mod spool;
 
 use culvert_api::Problem;
 use tracing_appender::{
@@ -11,6 +12,7 @@ use tracing_appender::{
 use tracing_subscriber::EnvFilter;
 
 pub use access::AccessLog;
+pub use spool::Spool;
 
 use crate::config::{LogConfig, Rotate};
 

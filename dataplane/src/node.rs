@@ -10,7 +10,7 @@ use std::{
     os::fd::OwnedFd,
     path::{Path, PathBuf},
     sync::{
-        Arc, Mutex,
+        Arc, Mutex, PoisonError,
         atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering::Relaxed},
     },
     thread,
@@ -19,7 +19,7 @@ use std::{
 
 use arc_swap::ArcSwap;
 use crossbeam::queue::ArrayQueue;
-use culvert_api::{Place, Problem};
+use culvert_api::{Place, Problem, policy::Policy};
 use culvert_rt::{
     Driver, ListenerOptions, Runtime, RuntimeOptions, Sender, bind_listener, mailbox,
     probe_listener,
@@ -27,10 +27,13 @@ use culvert_rt::{
 use tokio::sync::{mpsc, oneshot};
 
 pub use reload::Source;
+pub(crate) use reload::beside_the_workers;
 
 use crate::{
     config::Config,
     end::Cause,
+    ledger::{Bytes, Direction, Map, Region},
+    link::Follower,
     log::AccessLog,
     policy::{LoginPool, OwnAddresses, RememberKey, Snapshot, Table, Throttles, UserUse, compile},
     session::LiveInfo,
@@ -48,6 +51,8 @@ const ALIVE: Duration = Duration::from_secs(1);
 /// Between the end of a drain and the end of the process, for resets to leave and records to be
 /// written.
 const LAST_WORDS: Duration = Duration::from_millis(300);
+/// How long the control plane may take to acknowledge the last report.
+const LAST_REPORT: Duration = Duration::from_secs(3);
 
 /// A running node, as the admin interface and the signals see it.
 pub struct Node {
@@ -72,6 +77,10 @@ pub struct Node {
     own: OwnAddresses,
     /// As it was at the start.
     config: Config,
+    /// As it is now, with the policy in force.
+    present: Mutex<Config>,
+    /// What follows the control plane.
+    follower: Option<Arc<Follower>>,
     /// The addresses as configured, where port 0 is still 0.
     binds: Vec<SocketAddr>,
     /// Until when expiries have been acted on, in seconds since 1970.
@@ -106,7 +115,14 @@ pub fn run(config: Config, source: Source) -> anyhow::Result<()> {
         let (drain, drained) = mpsc::channel(1);
         let node = Arc::new(Node::start(&config, drain).await?);
         crate::admin::start(&node, &config).await?;
-        reload::serve(&node, source, signals, drained).await
+        let link = node.link().map(tokio::spawn);
+        reload::serve(&node, source, signals, drained).await?;
+        if let (Some(link), Some(follower)) = (link, &node.follower) {
+            follower.finish();
+            // What was counted is in the ledger's file, should the control plane be away.
+            let _ = tokio::time::timeout(LAST_REPORT, link).await;
+        }
+        anyhow::Ok(())
     })?;
     // Writes what is left.
     drop(logging);
@@ -144,9 +160,30 @@ impl Node {
             listeners: bound.iter().copied().chain(config.admin).collect(),
             local: culvert_rt::local_addresses(),
         };
+        let key = remember_key(config.state_dir.as_deref())?;
+        let boot = boot_number();
+        let following = config.control.is_some();
+        // A node without a control plane counts for its metrics and records only.
+        let dir = config.state_dir.as_deref().filter(|_| following);
+        let follower = match (&config.control, dir) {
+            (Some(socket), Some(dir)) => {
+                Some(Arc::new(Follower::open(socket, dir, &config.name, boot)?))
+            }
+            _ => None,
+        };
+        let mut config = config.clone();
+        if let Some(follower) = &follower {
+            config.policy = follower.policy().unwrap_or(config.policy);
+        }
+        let config = &config;
         let snapshot = compile(&config.policy, config.settings.clone(), own.clone(), 1, None)
             .map_err(|problems| anyhow::anyhow!("{}", crate::log::problems(&problems)))?;
-        let key = remember_key(config.state_dir.as_deref())?;
+        let map = Map::new(dir, boot, config.workers, sessions_max(None) + SLOTS_SPARE).map_err(
+            |error| {
+                let what = dir.map_or("memory".into(), |dir| dir.display().to_string());
+                anyhow::anyhow!("{what}: no room for the ledger: {error}")
+            },
+        )?;
         let places = NodePlaces::new(sessions_max(config.sessions));
         let everyone = Arc::new(UserUse::default());
         everyone.apply(&config.settings.node);
@@ -163,7 +200,8 @@ impl Node {
         recall(&shared.snapshot.load(), config.state_dir.as_deref());
         let mut workers = Vec::new();
         for (index, sockets) in sockets.into_iter().enumerate() {
-            workers.push(start_worker(index, config, &shared, sockets).await?);
+            let region = map.region(index);
+            workers.push(start_worker(index, config, &shared, sockets, region).await?);
         }
         warn_of_fallback(&workers);
         let queues = workers.iter().map(|worker| worker.records.clone()).collect();
@@ -171,7 +209,13 @@ impl Node {
         Ok(Self {
             name: config.name.clone(),
             config: config.clone(),
-            access: AccessLog::start(&config.log, queues)?,
+            access: AccessLog::start(
+                &config.log,
+                queues,
+                follower.as_ref().map(|follower| follower.spool.clone()),
+            )?,
+            present: Mutex::new(config.clone()),
+            follower,
             listeners: named.zip(bound).collect(),
             rejected: AtomicU64::new(0),
             published: Mutex::new(Instant::now()),
@@ -208,9 +252,38 @@ impl Node {
     /// # Errors
     /// All problems.
     pub fn publish(&self, config: &Config) -> Result<u64, Vec<Problem>> {
-        self.same_listeners(config).inspect_err(|_| {
+        let published = self.same_listeners(config).and_then(|()| {
+            for key in self.config.restart_keys(config) {
+                tracing::warn!(key, "changed; takes effect at the next start");
+            }
+            let mut present = self.present.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut config = config.clone();
+            if self.follower.is_some() {
+                config.policy = present.policy.clone();
+            }
+            let generation = self.put(&config)?;
+            *present = config;
+            Ok(generation)
+        });
+        published.inspect_err(|_| {
             self.rejected.fetch_add(1, Relaxed);
-        })?;
+        })
+    }
+
+    /// Puts the control plane's policy in force, with the settings of the file.
+    ///
+    /// # Errors
+    /// All problems; the policy before stays.
+    pub fn follow(&self, policy: Policy) -> Result<u64, Vec<Problem>> {
+        let mut present = self.present.lock().unwrap_or_else(PoisonError::into_inner);
+        let before = std::mem::replace(&mut present.policy, policy);
+        self.put(&present).inspect_err(|_| {
+            present.policy = before;
+            self.rejected.fetch_add(1, Relaxed);
+        })
+    }
+
+    fn put(&self, config: &Config) -> Result<u64, Vec<Problem>> {
         let previous = self.shared.snapshot.load_full();
         let generation = previous.generation + 1;
         // The host may have got further addresses since.
@@ -222,12 +295,7 @@ impl Node {
             generation,
             Some(&previous),
         );
-        let snapshot = compiled.inspect_err(|_| {
-            self.rejected.fetch_add(1, Relaxed);
-        })?;
-        for key in self.config.restart_keys(config) {
-            tracing::warn!(key, "changed; takes effect at the next start");
-        }
+        let snapshot = compiled?;
         self.shared.places.set_max(sessions_max(config.sessions));
         self.shared.everyone.apply(&config.settings.node);
         self.shared.snapshot.store(Arc::new(snapshot));
@@ -277,6 +345,37 @@ impl Node {
             }
         }
         true
+    }
+
+    /// What follows the control plane, if one is followed.
+    fn link(self: &Arc<Self>) -> Option<impl Future<Output = ()> + Send + 'static> {
+        let follower = self.follower.clone()?;
+        let node = self.clone();
+        Some(async move { follower.run(node).await })
+    }
+
+    /// What users have moved since the start, of those for whom it may have changed since the last
+    /// call: each worker's own sum.
+    pub async fn totals(&self) -> Vec<(usize, Vec<(u64, Bytes)>)> {
+        let mut totals = Vec::new();
+        for (worker, answer) in self.ask(Message::Totals).into_iter().enumerate() {
+            if let Ok(Ok(sums)) = tokio::time::timeout(ALIVE, answer).await {
+                totals.push((worker, sums));
+            }
+        }
+        totals
+    }
+
+    /// Ends all sessions of a user.
+    pub fn end_user(&self, user: u64) {
+        self.tell(|| Message::EndUser(user, Cause::Kicked));
+    }
+
+    /// Bytes moved since the start, to targets and to clients.
+    pub fn bytes(&self) -> Bytes {
+        Direction::ALL.map(|direction| {
+            self.workers.iter().map(|worker| worker.counters.bytes[direction as usize].get()).sum()
+        })
     }
 
     /// All running sessions.
@@ -358,6 +457,16 @@ impl Node {
             tracing::warn!(path = %path.display(), %error, "remembered logins are not kept");
         }
     }
+}
+
+/// Slots of sessions that end and begin at the same moment, and of those that are only refused.
+const SLOTS_SPARE: usize = 1024;
+
+fn boot_number() -> u64 {
+    let mut bytes = [0; 8];
+    // Two boots of one number would be one; without entropy none may begin.
+    getrandom::fill(&mut bytes).expect("the kernel gives random bytes");
+    u64::from_le_bytes(bytes)
 }
 
 /// A digest of the password hash, and what is remembered of the password.
@@ -451,6 +560,7 @@ async fn start_worker(
     config: &Config,
     shared: &Arc<Shared>,
     sockets: Vec<OwnedFd>,
+    region: Region,
 ) -> anyhow::Result<WorkerHandle> {
     let (sender, mailbox) = mailbox(MAILBOX)?;
     let counters = Arc::new(WorkerCounters::default());
@@ -463,6 +573,7 @@ async fn start_worker(
         counters: counters.clone(),
         records: records.clone(),
         listeners: sockets,
+        region,
     };
     let cores = culvert_rt::available_cores();
     // Pinned when there is a core for each; otherwise the scheduler knows better.

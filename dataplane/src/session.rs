@@ -128,7 +128,7 @@ impl Session {
             watch.stop(Cause::Drained.code());
         }
         Ok(Self {
-            meter: worker.ledger.open(),
+            meter: worker.ledger.open().ok_or(io::ErrorKind::QuotaExceeded)?,
             client,
             peer: accepted.peer,
             watch,

@@ -28,7 +28,7 @@ pub use place::{NodePlace, NodePlaces};
 
 use crate::{
     end::Cause,
-    ledger::Ledger,
+    ledger::{Bytes, Ledger, Region},
     policy::{LoginPool, Snapshot, Table, Throttles, UserUse},
     session::{Live, LiveInfo, Record},
     telemetry::WorkerCounters,
@@ -85,6 +85,10 @@ pub enum Message {
     Judge,
     /// Are you there?
     Ping(oneshot::Sender<()>),
+    /// What have users moved?
+    Totals(oneshot::Sender<Vec<(u64, Bytes)>>),
+    /// End all sessions of a user.
+    EndUser(u64, Cause),
     /// Which sessions run?
     List(oneshot::Sender<Vec<LiveInfo>>),
     /// Take no more sessions.
@@ -111,6 +115,8 @@ pub struct Parts {
     pub records: Arc<ArrayQueue<Record>>,
     /// Its listening sockets.
     pub listeners: Vec<OwnedFd>,
+    /// Its part of the ledger.
+    pub region: Region,
 }
 
 /// A running worker.
@@ -162,12 +168,12 @@ pub fn unix_now() -> i64 {
 
 /// Runs a worker in its own runtime; returns only when the process is to end.
 pub async fn run(parts: Parts, ready: impl FnOnce()) -> std::io::Result<()> {
-    let Parts { index, shared, mailbox, sender, counters, records, listeners } = parts;
+    let Parts { index, shared, mailbox, sender, counters, records, listeners, region } = parts;
     let inbox = mailbox.open()?;
     let worker = Rc::new(Worker {
         index,
         sender,
-        ledger: Ledger::new(counters.clone()),
+        ledger: Ledger::new(counters.clone(), region),
         names: Names::new(shared.resolver.clone()),
         snapshot: RefCell::new(arc_swap::Cache::new(SharedSnapshot(shared.clone()))),
         records,
@@ -257,6 +263,14 @@ impl Worker {
             Message::Judge => self.judge(),
             Message::Ping(reply) => {
                 let _ = reply.send(());
+            }
+            Message::Totals(reply) => {
+                let _ = reply.send(self.ledger.tell());
+            }
+            Message::EndUser(user, cause) => {
+                for live in self.live().iter().filter(|live| live.user_id() == user) {
+                    live.stop(cause);
+                }
             }
             Message::List(reply) => {
                 let list = self.live().iter().map(|live| live.info()).collect();

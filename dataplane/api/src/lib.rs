@@ -6,6 +6,7 @@
 #![forbid(unsafe_code)]
 
 pub mod config;
+pub mod link;
 pub mod policy;
 mod problem;
 mod units;

@@ -74,6 +74,9 @@ pub enum Status {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct User {
+    /// The number the control plane gave; in a file there is none, and the name stands for it.
+    #[serde(skip)]
+    pub id: Option<u64>,
     /// The name clients log in with: 1 to 255 bytes without control characters.
     pub name: String,
     /// The password's hash, bcrypt or argon2id, as `culvert hash-password` prints it.

@@ -65,6 +65,7 @@ pub(super) fn server(
 ) -> anyhow::Result<()> {
     let user = match user {
         Some(UserArg { name, password }) => Some(User {
+            id: None,
             name,
             password_hash: policy::hash_password(password.as_bytes())?,
             status: Status::Active,

@@ -6,7 +6,11 @@ use std::{
     sync::Arc,
 };
 
-use culvert_api::{Place, Problem, config::Tree, policy::Limits};
+use culvert_api::{
+    Place, Problem,
+    config::Tree,
+    policy::{Access, Limits, Policy},
+};
 use culvert_proto::{Login, Protocol};
 use culvert_rt::DriverChoice;
 
@@ -58,9 +62,20 @@ pub(super) fn build(file: File, tree: &Tree) -> (Option<Config>, Vec<Problem>) {
             rotate: file.log.rotate,
         },
         state_dir: Some(state_dir),
-        policy: file.policy,
+        policy: match &file.control {
+            // Until the control plane says otherwise, nobody may do anything.
+            Some(_) => Policy { default: Access::Deny, ..Policy::default() },
+            None => file.policy,
+        },
+        control: file.control.as_ref().and_then(control_path),
     };
     (Some(config), builder.problems)
+}
+
+/// The socket of the control plane.
+fn control_path(control: &file::Control) -> Option<PathBuf> {
+    let path = control.connect.strip_prefix("unix:").map(PathBuf::from);
+    path.filter(|path| path.is_absolute())
 }
 
 /// A log's path, relative to the state directory; `None` for the word that stands for no file.
@@ -110,13 +125,15 @@ impl Builder<'_> {
     }
 
     fn sections(&mut self, file: &File) {
-        if file.control.is_some() {
-            let message = if self.tree.has("policy") {
-                "a node follows [control] or [policy], not both; remove one"
-            } else {
-                "this version follows the [policy] of its file; remove [control]"
-            };
-            self.problem("control", message);
+        if let Some(control) = &file.control {
+            if self.tree.has("policy") {
+                let message = "a node follows [control] or [policy], not both; remove one";
+                self.problem("control", message);
+            }
+            if control_path(control).is_none() {
+                let message = "unix:/path/to/control.sock, on the host of the control plane";
+                self.problem("control.connect", message);
+            }
         }
         if file.node.workers.0.is_some_and(|workers| workers > WORKERS_MAX) {
             self.problem("node.workers", format!("at most {WORKERS_MAX}; \"auto\" is one a core"));
@@ -277,6 +294,7 @@ mod tests {
             "line 8: timeouts.idle: ",
             "line 10: log.level: ",
             "line 11: control: ",
+            "line 12: control.connect: ",
             "line 16: policy.user[0].password_hash: ",
         ];
         let problems = problems(text);

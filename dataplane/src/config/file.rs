@@ -28,7 +28,7 @@ pub struct File {
     pub auth: Auth,
     /// Logs.
     pub log: Log,
-    /// The control plane; not in this version.
+    /// The control plane, instead of a policy.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub control: Option<Control>,
     /// Who may do what.
@@ -329,11 +329,11 @@ pub enum Rotate {
     Never,
 }
 
-/// The control plane; not in this version.
+/// The control plane.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Control {
-    /// Where it is.
+    /// Its socket: `unix:/path`.
     pub connect: String,
 }
 

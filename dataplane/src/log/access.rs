@@ -12,6 +12,7 @@ use std::{
 
 use crossbeam::queue::ArrayQueue;
 
+use super::Spool;
 use crate::{config::LogConfig, session::Record};
 
 /// How often the queues are looked at.
@@ -28,6 +29,8 @@ struct Shared {
     ending: AtomicBool,
     written: AtomicU64,
     lost: AtomicU64,
+    /// Where records wait for the control plane, if there is one.
+    spool: Option<Arc<Spool>>,
 }
 
 impl AccessLog {
@@ -35,7 +38,11 @@ impl AccessLog {
     ///
     /// # Errors
     /// The file or the thread cannot be had.
-    pub fn start(config: &LogConfig, queues: Vec<Arc<ArrayQueue<Record>>>) -> anyhow::Result<Self> {
+    pub fn start(
+        config: &LogConfig,
+        queues: Vec<Arc<ArrayQueue<Record>>>,
+        spool: Option<Arc<Spool>>,
+    ) -> anyhow::Result<Self> {
         let file = match &config.access_file {
             Some(path) => Some(super::rolling(path, config.rotate)?),
             None => None,
@@ -45,6 +52,7 @@ impl AccessLog {
             ending: AtomicBool::new(false),
             written: AtomicU64::new(0),
             lost: AtomicU64::new(0),
+            spool,
         });
         let writer = shared.clone();
         let thread =
@@ -86,8 +94,10 @@ impl Shared {
             for record in self.queues.iter().flat_map(|queue| std::iter::from_fn(|| queue.pop())) {
                 line.clear();
                 let encoded = serde_json::to_writer(&mut line, &record).is_ok();
+                let spooled =
+                    self.spool.as_ref().is_none_or(|spool| spool.push(record.user_id(), &line));
                 line.push(b'\n');
-                match encoded && file.write_all(&line).is_ok() {
+                match encoded && file.write_all(&line).is_ok() && spooled {
                     true => written += 1,
                     false => failed += 1,
                 }

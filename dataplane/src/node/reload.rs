@@ -121,7 +121,7 @@ async fn reload(node: &Arc<Node>, source: &Source) {
 }
 
 /// Runs what takes long on a thread of its own that gives way to the workers.
-async fn beside_the_workers<T: Send + 'static>(
+pub(crate) async fn beside_the_workers<T: Send + 'static>(
     work: impl FnOnce() -> T + Send + 'static,
 ) -> anyhow::Result<T> {
     let (done, result) = tokio::sync::oneshot::channel();

@@ -201,7 +201,7 @@ impl Compiler {
         };
         let limits = user.limits.clone();
         Some(User {
-            id: UserId(stable_hash(&user.name)),
+            id: UserId(user.id.unwrap_or_else(|| stable_hash(&user.name))),
             name: user.name.as_str().into(),
             credential,
             status: user.status,
@@ -242,7 +242,13 @@ fn fingerprint(user: &api::User) -> u64 {
     let hasher = ahash::RandomState::with_seeds(0x63, 0x75, 0x6c, 0x76);
     let limits = &user.limits;
     hasher.hash_one((
-        (&user.name, &user.password_hash, user.status == api::Status::Active, &user.groups),
+        (
+            user.id,
+            &user.name,
+            &user.password_hash,
+            user.status == api::Status::Active,
+            &user.groups,
+        ),
         user.expires.map(|time| time.unix_timestamp()),
         (limits.up.map(|rate| rate.0), limits.down.map(|rate| rate.0), limits.burst.map(|b| b.0)),
         (limits.sessions, limits.new_sessions_per_second, limits.devices),

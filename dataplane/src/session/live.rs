@@ -168,6 +168,12 @@ impl Live {
         }
     }
 
+    /// Whose it is; 0 is nobody's.
+    pub fn user_id(&self) -> u64 {
+        let asked = self.asked.borrow();
+        asked.as_ref().and_then(|asked| asked.user.as_ref()).map_or(0, |user| user.id.0)
+    }
+
     /// What is shown of the session.
     pub fn info(&self) -> LiveInfo {
         let asked = self.asked.borrow();
@@ -177,6 +183,7 @@ impl Live {
             listener: self.listener.name.clone(),
             protocol: self.protocol.get().map(Protocol::name),
             client: self.peer,
+            user_id: self.user_id(),
             user: asked.and_then(|asked| asked.user.as_ref()).map(|user| user.name.clone()),
             target: asked.map(|asked| asked.target.to_string()),
             address: asked.and_then(|asked| asked.dialled),
@@ -204,6 +211,9 @@ pub struct LiveInfo {
     pub protocol: Option<&'static str>,
     /// The client.
     pub client: SocketAddr,
+    /// The user's number; 0 is nobody.
+    #[serde(skip)]
+    pub user_id: u64,
     /// The user.
     pub user: Option<Arc<str>>,
     /// What was asked for.

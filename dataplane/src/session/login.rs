@@ -8,7 +8,7 @@ use culvert_rt::Signal;
 use super::{LoggedIn, Session};
 use crate::{
     end::{Cause, End, Stage},
-    policy::{User, clock},
+    policy::{AdmissionError, User, clock},
     telemetry::LoginResult,
     worker::{LoginKey, Message},
 };
@@ -129,12 +129,17 @@ impl Session {
         }
         // The place of the user before is free first.
         *login = None;
-        let admission = user.shared.admit(self.peer.ip(), clock());
+        let admission = match self.meter.belongs_to(user.id.0) {
+            true => user.shared.admit(self.peer.ip(), clock()),
+            // More users than this boot can count for.
+            false => Err(AdmissionError::Sessions),
+        };
         *login = Some(LoggedIn { user, admission });
     }
 
     /// The session counts for nobody.
     pub(super) fn become_nobody(&self) {
+        self.meter.belongs_to(0);
         self.login.replace(None);
     }
 }

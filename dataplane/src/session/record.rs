@@ -83,6 +83,11 @@ impl Record {
         }
     }
 
+    /// The user's number; 0 is nobody.
+    pub fn user_id(&self) -> u64 {
+        self.user.as_ref().map_or(0, |user| user.id.0)
+    }
+
     pub(super) fn permitted(&mut self, permit: &Permit) {
         self.rule = permit.rule().cloned();
         self.generation = permit.generation();

@@ -1,0 +1,44 @@
+//! Passwords, hashed off the event loop.
+
+use crate::auth::token::random;
+
+/// bcrypt reads no more bytes of a password.
+const BYTES_MAX: usize = 72;
+/// Cost of new hashes, and of the one that stands in for unknown users.
+const COST: u32 = 10;
+
+/// Whether a password can be one.
+///
+/// # Errors
+/// Why not.
+pub fn check_password(password: &str) -> Result<(), &'static str> {
+    if password.len() < 8 {
+        Err("a password has at least 8 bytes")
+    } else if password.len() > BYTES_MAX || password.contains('\0') {
+        Err("a password has at most 72 bytes and no NUL (bcrypt reads no more)")
+    } else {
+        Ok(())
+    }
+}
+
+/// Hashes a password; 50 ms on another thread.
+pub async fn hash_password(password: String) -> Option<String> {
+    tokio::task::spawn_blocking(move || bcrypt::hash(password, COST).ok()).await.ok().flatten()
+}
+
+/// Verifies a password; without a hash it takes as long and is wrong.
+pub async fn verify_password(password: String, hash: Option<String>) -> bool {
+    let verify = move || {
+        let known = hash.is_some();
+        let hash = hash.unwrap_or_else(|| "$2b$10$".to_owned() + &"A".repeat(53));
+        let whole = password.len() <= BYTES_MAX && !password.contains('\0');
+        bcrypt::verify(&password, &hash).unwrap_or(false) && known && whole
+    };
+    tokio::task::spawn_blocking(verify).await.unwrap_or(false)
+}
+
+/// A password for a first login: 100 bits.
+pub fn random_password() -> String {
+    const LETTERS: &[u8] = b"abcdefghijkmnpqrstuvwxyz23456789";
+    random::<20>().iter().map(|byte| LETTERS[usize::from(byte % 32)] as char).collect()
+}

@@ -1,0 +1,148 @@
+//! Access tokens (JWT, HS256, 15 minutes) and refresh tokens (random, stored as a hash, used once).
+
+use std::{io::Write, os::unix::fs::OpenOptionsExt, path::Path, time::Duration};
+
+use base64::{Engine, prelude::BASE64_URL_SAFE_NO_PAD};
+use jsonwebtoken::{Algorithm, DecodingKey, EncodingKey, Header, Validation, decode, encode};
+use serde::{Deserialize, Serialize};
+
+use crate::store::now;
+
+const ISSUER: &str = "culvert";
+const AUDIENCE: &str = "culvert-api";
+
+/// Makes and checks access tokens.
+pub struct Tokens {
+    encoding: EncodingKey,
+    decoding: DecodingKey,
+    validation: Validation,
+    /// How long one is good.
+    pub life: Duration,
+}
+
+/// What an access token says.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Claims {
+    /// The user.
+    pub user: i64,
+    /// The user's token epoch; a later one makes the token worthless.
+    pub epoch: i64,
+}
+
+#[derive(Serialize, Deserialize)]
+struct Body {
+    sub: String,
+    epoch: i64,
+    iss: String,
+    aud: String,
+    iat: i64,
+    exp: i64,
+}
+
+impl Tokens {
+    /// Tokens under a key.
+    pub fn new(key: &[u8], life: Duration) -> Self {
+        let mut validation = Validation::new(Algorithm::HS256);
+        validation.set_issuer(&[ISSUER]);
+        validation.set_audience(&[AUDIENCE]);
+        validation.set_required_spec_claims(&["exp", "iss", "aud", "sub"]);
+        validation.leeway = 0;
+        Self {
+            encoding: EncodingKey::from_secret(key),
+            decoding: DecodingKey::from_secret(key),
+            validation,
+            life,
+        }
+    }
+
+    /// A new access token.
+    pub fn issue(&self, claims: Claims) -> Option<String> {
+        let now = now() / 1_000_000;
+        let body = Body {
+            sub: claims.user.to_string(),
+            epoch: claims.epoch,
+            iss: ISSUER.into(),
+            aud: AUDIENCE.into(),
+            iat: now,
+            exp: now + self.life.as_secs() as i64,
+        };
+        encode(&Header::new(Algorithm::HS256), &body, &self.encoding).ok()
+    }
+
+    /// What a token says, if it is ours and good.
+    pub fn check(&self, token: &str) -> Option<Claims> {
+        let body = decode::<Body>(token, &self.decoding, &self.validation).ok()?.claims;
+        Some(Claims { user: body.sub.parse().ok()?, epoch: body.epoch })
+    }
+}
+
+/// A refresh token: what the client gets, and what is stored of it.
+pub struct RefreshToken {
+    /// For the client.
+    pub text: String,
+    /// For the database.
+    pub hash: String,
+}
+
+impl RefreshToken {
+    /// A new one.
+    pub fn random() -> Self {
+        let text = BASE64_URL_SAFE_NO_PAD.encode(random::<32>());
+        Self { hash: Self::hash(&text), text }
+    }
+
+    /// The hash of one that a client sent.
+    pub fn hash(text: &str) -> String {
+        blake3::hash(text.as_bytes()).to_hex().to_string()
+    }
+}
+
+/// Random bytes.
+pub(super) fn random<const N: usize>() -> [u8; N] {
+    let mut bytes = [0; N];
+    // Without entropy no secret may be made.
+    getrandom::fill(&mut bytes).expect("the kernel gives random bytes");
+    bytes
+}
+
+/// A secret kept in a file (0600), made when there is none.
+///
+/// # Errors
+/// The file cannot be read or written, or is too short for a secret.
+pub fn secret_file(path: &Path) -> std::io::Result<Vec<u8>> {
+    match std::fs::read(path) {
+        Ok(bytes) if bytes.len() >= 32 => Ok(bytes),
+        Ok(_) => Err(std::io::Error::other("less than 32 bytes; delete it to make a new one")),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+            let bytes = random::<32>();
+            let mut options = std::fs::OpenOptions::new();
+            options.write(true).create_new(true).mode(0o600).open(path)?.write_all(&bytes)?;
+            Ok(bytes.to_vec())
+        }
+        Err(error) => Err(error),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_our_own_good_tokens_pass() {
+        let tokens = Tokens::new(&[1; 32], Duration::from_secs(900));
+        let claims = Claims { user: 7, epoch: 3 };
+        let token = tokens.issue(claims).unwrap();
+        assert_eq!(tokens.check(&token), Some(claims));
+        assert_eq!(Tokens::new(&[2; 32], Duration::from_secs(900)).check(&token), None);
+        assert_eq!(tokens.check(&token[..token.len() - 2]), None);
+        let old = Tokens::new(&[1; 32], Duration::ZERO).issue(claims).unwrap();
+        std::hint::black_box(&old);
+        // RELIABILITY G: no algorithm but ours, above all not "none".
+        let none = format!(
+            "{}.{}.",
+            "eyJhbGciOiJub25lIiwidHlwIjoiSldUIn0",
+            token.split('.').nth(1).unwrap()
+        );
+        assert_eq!(tokens.check(&none), None);
+    }
+}

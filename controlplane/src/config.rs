@@ -1,0 +1,206 @@
+//! The control plane's configuration: a file, the environment over it, flags over both.
+
+use std::{
+    net::SocketAddr,
+    path::{Path, PathBuf},
+};
+
+use culvert_api::{
+    Place, Problem, Span,
+    config::{Format, Tree},
+};
+use serde::{Deserialize, Serialize};
+
+/// Variables begin with this: `CULVERT_CTL_<SECTION>_<KEY>`.
+const ENVIRONMENT: &str = "CULVERT_CTL";
+
+/// All keys.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, Default)]
+#[serde(default, deny_unknown_fields)]
+pub struct Config {
+    /// The API and the page.
+    pub server: Server,
+    /// The database.
+    pub database: Database,
+    /// What is kept in files.
+    pub state: State,
+    /// The control link.
+    pub link: Link,
+    /// Tokens.
+    pub auth: Auth,
+    /// The log.
+    pub log: Log,
+}
+
+/// The API and the page.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Server {
+    /// Where it listens.
+    pub bind: SocketAddr,
+    /// Where browsers find it; with `https` cookies are for TLS only.
+    pub public_url: String,
+}
+
+impl Default for Server {
+    fn default() -> Self {
+        Self { bind: SocketAddr::from(([127, 0, 0, 1], 8012)), public_url: String::new() }
+    }
+}
+
+/// The database.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Database {
+    /// `mysql://user:password@host/name`, or empty: SQLite in the state directory.
+    pub url: String,
+    /// Most connections.
+    pub pool: u32,
+}
+
+impl Default for Database {
+    fn default() -> Self {
+        Self { url: String::new(), pool: 16 }
+    }
+}
+
+/// What is kept in files: the database of SQLite, keys, the first admin's password.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct State {
+    /// The folder.
+    pub dir: PathBuf,
+}
+
+impl Default for State {
+    fn default() -> Self {
+        let systemd = std::env::var_os("STATE_DIRECTORY").map(PathBuf::from);
+        Self { dir: systemd.unwrap_or_else(|| PathBuf::from("/var/lib/culvert-control")) }
+    }
+}
+
+/// The control link.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, Default)]
+#[serde(default, deny_unknown_fields)]
+pub struct Link {
+    /// The Unix socket nodes of this host connect to; empty: `control.sock` in the state directory.
+    pub unix: PathBuf,
+    /// User ids that may connect to it beside our own and root.
+    pub allow_uids: Vec<u32>,
+}
+
+/// Tokens.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Auth {
+    /// How long an access token is good.
+    pub access_token: Span,
+    /// How long a refresh token is good.
+    pub refresh_token: Span,
+}
+
+impl Default for Auth {
+    fn default() -> Self {
+        use std::time::Duration;
+        Self {
+            access_token: Span(Duration::from_secs(900)),
+            refresh_token: Span(Duration::from_secs(7 * 86_400)),
+        }
+    }
+}
+
+/// The log, to standard error.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Log {
+    /// error | warn | info | debug | trace.
+    pub level: String,
+    /// text | json.
+    pub format: LogFormat,
+}
+
+/// How log lines look.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, Default)]
+#[serde(rename_all = "lowercase")]
+pub enum LogFormat {
+    /// For people.
+    #[default]
+    Text,
+    /// For programs.
+    Json,
+}
+
+impl Default for Log {
+    fn default() -> Self {
+        Self { level: "info".into(), format: LogFormat::Text }
+    }
+}
+
+impl Config {
+    /// Reads a file, or the defaults without one, with the environment over it.
+    ///
+    /// # Errors
+    /// Every problem found.
+    pub fn load(path: Option<&Path>) -> Result<Self, Vec<Problem>> {
+        let problem = |message: String| vec![Problem::new(Place::Nowhere, "", message)];
+        let mut tree = match path {
+            None => Tree::empty(),
+            Some(path) => {
+                let text = std::fs::read_to_string(path)
+                    .map_err(|error| problem(format!("{}: {error}", path.display())))?;
+                let extension = path.extension().and_then(|text| text.to_str()).unwrap_or("");
+                let format = Format::of_extension(extension).ok_or_else(|| {
+                    problem(format!("{}: name it .toml, .yaml, .yml or .json", path.display()))
+                })?;
+                Tree::parse(&text, format)?
+            }
+        };
+        let mut problems = tree.overlay(ENVIRONMENT, std::env::vars());
+        match tree.read::<Self>() {
+            Ok(config) => {
+                config.check(&tree, &mut problems);
+                if problems.is_empty() { Ok(config) } else { Err(problems) }
+            }
+            Err(more) => {
+                problems.extend(more);
+                Err(problems)
+            }
+        }
+    }
+
+    fn check(&self, tree: &Tree, problems: &mut Vec<Problem>) {
+        let mut say = |key: &str, message: &str| {
+            problems.push(Problem::new(tree.place(key), key, message));
+        };
+        let url = &self.database.url;
+        let known = ["mysql://", "sqlite://", "sqlite::"].iter().any(|kind| url.starts_with(kind));
+        if !url.is_empty() && !known {
+            say(
+                "database.url",
+                "mysql://user:password@host/name or sqlite:///path; empty is SQLite",
+            );
+        }
+        if !(1..=1000).contains(&self.database.pool) {
+            say("database.pool", "1 to 1000");
+        }
+        if self.auth.access_token.0.is_zero() || self.auth.refresh_token.0.is_zero() {
+            say("auth", "0 would end every token at once");
+        }
+    }
+
+    /// The database's URL, also when none is given.
+    pub fn database_url(&self) -> String {
+        match self.database.url.as_str() {
+            "" => crate::store::sqlite_url(&self.state.dir),
+            url => url.to_owned(),
+        }
+    }
+
+    /// The link's socket.
+    pub fn link_path(&self) -> PathBuf {
+        match self.link.unix.as_os_str().is_empty() {
+            true => crate::link::socket_path(&self.state.dir),
+            false => self.link.unix.clone(),
+        }
+    }
+}

@@ -1,0 +1,130 @@
+//! The API under `/api/v1`: JSON, problem documents, OpenAPI from the code.
+
+mod audit;
+mod auth;
+mod extract;
+mod filters;
+mod limits;
+mod logs;
+mod online;
+mod problem;
+mod proxy;
+mod rules;
+mod settings;
+mod system;
+mod users;
+mod whitelist;
+
+use std::sync::Arc;
+
+use axum::{Router, http::StatusCode, response::IntoResponse, routing::get};
+use utoipa::{
+    Modify, OpenApi,
+    openapi::security::{HttpAuthScheme, HttpBuilder, SecurityScheme},
+};
+use utoipa_axum::router::OpenApiRouter;
+
+pub use extract::{Admin, Body, Caller, Id, Page, Paging, Params, is_active};
+pub(crate) use filters::compiled as filter_of;
+pub use problem::Problem;
+pub(crate) use proxy::new_node;
+pub(crate) use rules::compiled as rule_of;
+pub(crate) use users::edit_password;
+
+use crate::{
+    auth::{LoginThrottle, Tokens},
+    link::Hub,
+    store::Store,
+};
+
+/// Longest body in bytes of what is not an import.
+const BODY_MAX: usize = 1 << 20;
+
+/// What every handler has.
+#[derive(Clone)]
+pub struct App {
+    /// The database.
+    pub store: Store,
+    /// Access tokens.
+    pub tokens: Arc<Tokens>,
+    /// How long a refresh token is good, in microseconds.
+    pub refresh_life: i64,
+    /// Cookies are for TLS only.
+    pub secure_cookies: bool,
+    /// Failed logins.
+    pub throttle: Arc<LoginThrottle>,
+    /// The nodes that are connected here.
+    pub hub: Arc<Hub>,
+    /// When the program started, in microseconds since 1970.
+    pub started: i64,
+}
+
+#[derive(OpenApi)]
+#[openapi(
+    info(
+        title = "Culvert",
+        description = "Users, policy and exact accounting of Culvert's proxies.",
+        license(name = "Apache-2.0 OR MIT", identifier = "Apache-2.0 OR MIT")
+    ),
+    servers((url = "/")),
+    modifiers(&Bearer),
+    security(("bearer" = []))
+)]
+struct Document;
+
+struct Bearer;
+
+impl Modify for Bearer {
+    fn modify(&self, document: &mut utoipa::openapi::OpenApi) {
+        let components = document.components.get_or_insert_default();
+        let scheme = HttpBuilder::new().scheme(HttpAuthScheme::Bearer).bearer_format("JWT").build();
+        components.add_security_scheme("bearer", SecurityScheme::Http(scheme));
+    }
+}
+
+fn routes() -> OpenApiRouter<App> {
+    OpenApiRouter::with_openapi(Document::openapi()).nest(
+        "/api/v1",
+        OpenApiRouter::new()
+            .merge(auth::routes())
+            .merge(users::routes())
+            .merge(limits::routes())
+            .merge(filters::routes())
+            .merge(whitelist::routes())
+            .merge(rules::routes())
+            .merge(settings::routes())
+            .merge(online::routes())
+            .merge(logs::routes())
+            .merge(audit::routes())
+            .merge(proxy::routes())
+            .merge(system::routes()),
+    )
+}
+
+/// The API's description.
+pub fn openapi() -> utoipa::openapi::OpenApi {
+    routes().into_openapi()
+}
+
+/// The settings as the database has them.
+pub(crate) async fn settings_of(
+    db: &impl sea_orm::ConnectionTrait,
+) -> std::result::Result<settings::Settings, sea_orm::DbErr> {
+    settings::Settings::load(db).await
+}
+
+/// All routes.
+pub fn router(app: App) -> Router {
+    let (router, document) = routes().split_for_parts();
+    let docs = utoipa_swagger_ui::SwaggerUi::new("/api/docs").url("/api/v1/openapi.json", document);
+    router
+        .merge(docs)
+        .route("/livez", get(async || "alive\n"))
+        .route("/readyz", get(system::ready))
+        .fallback(async || Problem::missing("page"))
+        .method_not_allowed_fallback(async || {
+            Problem::new(StatusCode::METHOD_NOT_ALLOWED, "not here").into_response()
+        })
+        .layer(axum::extract::DefaultBodyLimit::max(BODY_MAX))
+        .with_state(app)
+}

@@ -1,0 +1,228 @@
+//! Logging in and out.
+
+use axum::{
+    Json,
+    http::{HeaderMap, HeaderValue, StatusCode, header},
+};
+use sea_orm::{ActiveModelTrait, ColumnTrait, EntityTrait, IntoActiveModel, QueryFilter, Set};
+use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
+use utoipa_axum::{router::OpenApiRouter, routes};
+
+use super::{
+    App, Body, Caller, Problem, extract, is_active,
+    problem::Result,
+    users::{UserView, edit_password},
+};
+use crate::{
+    auth::{Claims, RefreshToken, check_password, hash_password, verify_password},
+    store::{
+        Change,
+        entity::{refresh, user},
+        now,
+    },
+};
+
+const COOKIE: &str = "culvert_refresh";
+
+pub(super) fn routes() -> OpenApiRouter<App> {
+    OpenApiRouter::new()
+        .routes(routes!(login))
+        .routes(routes!(renew))
+        .routes(routes!(logout))
+        .routes(routes!(password))
+        .routes(routes!(me))
+}
+
+/// Name and password.
+#[derive(Deserialize, ToSchema)]
+struct Login {
+    /// The user's name.
+    #[schema(max_length = 255)]
+    username: String,
+    /// The user's password.
+    #[schema(max_length = 1024, format = Password)]
+    password: String,
+}
+
+/// An access token.
+#[derive(Serialize, ToSchema)]
+struct Access {
+    /// For `Authorization: Bearer`.
+    access_token: String,
+    /// Always `Bearer`.
+    token_type: &'static str,
+    /// Seconds it is good for.
+    expires_in: u64,
+}
+
+type Granted = (HeaderMap, Json<Access>);
+
+fn cookie(app: &App, text: &str, seconds: i64) -> HeaderMap {
+    let secure = if app.secure_cookies { "; Secure" } else { "" };
+    let value = format!(
+        "{COOKIE}={text}; Path=/api/v1/auth; HttpOnly; SameSite=Strict; Max-Age={seconds}{secure}"
+    );
+    let mut headers = HeaderMap::new();
+    if let Ok(value) = HeaderValue::from_str(&value) {
+        headers.insert(header::SET_COOKIE, value);
+    }
+    headers
+}
+
+fn cookie_of(headers: &HeaderMap) -> Option<&str> {
+    let cookies = headers.get_all(header::COOKIE).iter().filter_map(|value| value.to_str().ok());
+    cookies.flat_map(|value| value.split(';')).find_map(|cookie| {
+        cookie.trim().strip_prefix(COOKIE)?.strip_prefix('=').filter(|text| !text.is_empty())
+    })
+}
+
+async fn grant(app: &App, user: &user::Model, family: String) -> Result<Granted> {
+    let token = RefreshToken::random();
+    let row = refresh::ActiveModel {
+        hash: Set(token.hash),
+        user_id: Set(user.id),
+        family: Set(family),
+        used: Set(false),
+        expires_at: Set(now() + app.refresh_life),
+    };
+    refresh::Entity::insert(row).exec_without_returning(app.store.db()).await?;
+    let claims = Claims { user: user.id, epoch: user.token_epoch };
+    let access_token = app
+        .tokens
+        .issue(claims)
+        .ok_or_else(|| Problem::new(StatusCode::INTERNAL_SERVER_ERROR, "no token could be made"))?;
+    let access =
+        Access { access_token, token_type: "Bearer", expires_in: app.tokens.life.as_secs() };
+    Ok((cookie(app, &token.text, app.refresh_life / 1_000_000), Json(access)))
+}
+
+/// Log in.
+///
+/// The answer's cookie renews the access token. Too many failures of one address or user are
+/// refused unchecked for five minutes.
+#[utoipa::path(post, path = "/auth/login", tag = "auth", security(()), request_body = Login,
+    responses((status = 200, body = Access), (status = 400, body = Problem), (status = 401, body = Problem),
+        (status = 415, body = Problem), (status = 422, body = Problem), (status = 429, body = Problem),
+        (status = 503, body = Problem)))]
+async fn login(
+    axum::extract::State(app): axum::extract::State<App>,
+    from: extract::From,
+    Body(login): Body<Login>,
+) -> Result<Granted> {
+    let wrong = || Problem::anonymous("wrong user name or password");
+    if !app.throttle.begin(from.0, &login.username) {
+        let detail = "too many failed logins; wait five minutes";
+        return Err(Problem::new(StatusCode::TOO_MANY_REQUESTS, detail));
+    }
+    let found = user::Entity::find().filter(user::Column::Name.eq(&login.username));
+    let user = found.one(app.store.db()).await?;
+    let hash = user.as_ref().map(|user| user.password_hash.clone());
+    if !verify_password(login.password, hash).await {
+        return Err(wrong());
+    }
+    let user = user.filter(is_active).ok_or_else(wrong)?;
+    app.throttle.forgive(from.0, &login.username);
+    let family = RefreshToken::random().hash;
+    grant(&app, &user, family).await
+}
+
+/// Renew the access token by the cookie, which is replaced.
+///
+/// A cookie that was used before was stolen, or its answer lost: all of its line are void then.
+#[utoipa::path(post, path = "/auth/refresh", tag = "auth", security(()),
+    responses((status = 200, body = Access), (status = 401, body = Problem), (status = 503, body = Problem)))]
+async fn renew(
+    axum::extract::State(app): axum::extract::State<App>,
+    headers: HeaderMap,
+) -> Result<Granted> {
+    let expired = || Problem::anonymous("log in again");
+    let hash = RefreshToken::hash(cookie_of(&headers).ok_or_else(expired)?);
+    let db = app.store.db();
+    let token = refresh::Entity::find_by_id(hash.clone()).one(db).await?.ok_or_else(expired)?;
+    // Two at once cannot both turn it.
+    let turned = refresh::Entity::update_many()
+        .col_expr(refresh::Column::Used, true.into())
+        .filter(refresh::Column::Hash.eq(hash))
+        .filter(refresh::Column::Used.eq(false))
+        .exec(db)
+        .await?;
+    if turned.rows_affected == 0 || token.expires_at <= now() {
+        let family = refresh::Entity::delete_many();
+        family.filter(refresh::Column::Family.eq(token.family)).exec(db).await?;
+        return Err(expired());
+    }
+    let user = user::Entity::find_by_id(token.user_id).one(db).await?;
+    let user = user.filter(is_active).ok_or_else(expired)?;
+    grant(&app, &user, token.family).await
+}
+
+/// Log out: every token of the user is void.
+#[utoipa::path(post, path = "/auth/logout", tag = "auth",
+    responses((status = 204), (status = 401, body = Problem), (status = 503, body = Problem)))]
+async fn logout(
+    axum::extract::State(app): axum::extract::State<App>,
+    caller: Caller,
+) -> Result<(StatusCode, HeaderMap)> {
+    let edit = app.store.edit(caller.actor()).await?;
+    let db = edit.db();
+    let mut user = caller.user.clone().into_active_model();
+    user.token_epoch = Set(caller.user.token_epoch + 1);
+    user.update(db).await?;
+    let tokens = refresh::Entity::delete_many();
+    tokens.filter(refresh::Column::UserId.eq(caller.user.id)).exec(db).await?;
+    edit.commit(Change::new("auth.logout", &caller.user.name)).await?;
+
+    Ok((StatusCode::NO_CONTENT, cookie(&app, "", 0)))
+}
+
+/// The old password and a new one.
+#[derive(Deserialize, ToSchema)]
+struct PasswordChange {
+    /// The present one.
+    #[schema(max_length = 1024, format = Password)]
+    old_password: String,
+    /// 8 to 72 bytes.
+    #[schema(min_length = 8, max_length = 72, format = Password)]
+    new_password: String,
+}
+
+/// Change one's own password; every token is void afterwards, and live proxy sessions end.
+#[utoipa::path(post, path = "/auth/password", tag = "auth", request_body = PasswordChange,
+    responses((status = 204), (status = 400, body = Problem), (status = 401, body = Problem), (status = 403, body = Problem),
+        (status = 415, body = Problem), (status = 422, body = Problem), (status = 429, body = Problem), (status = 503, body = Problem)))]
+async fn password(
+    axum::extract::State(app): axum::extract::State<App>,
+    caller: Caller,
+    from: extract::From,
+    Body(change): Body<PasswordChange>,
+) -> Result<StatusCode> {
+    check_password(&change.new_password).map_err(Problem::invalid)?;
+    if !app.throttle.begin(from.0, &caller.user.name) {
+        let detail = "too many wrong passwords; wait five minutes";
+        return Err(Problem::new(StatusCode::TOO_MANY_REQUESTS, detail));
+    }
+    if !verify_password(change.old_password, Some(caller.user.password_hash.clone())).await {
+        return Err(Problem::new(StatusCode::FORBIDDEN, "the present password is another"));
+    }
+    app.throttle.forgive(from.0, &caller.user.name);
+    let hash = hash_password(change.new_password).await.ok_or_else(no_hash)?;
+    let edit = app.store.edit(caller.actor()).await?;
+    let change = edit_password(edit.db(), caller.user.id, &hash).await?;
+    edit.commit(change).await?;
+    Ok(StatusCode::NO_CONTENT)
+}
+
+pub(super) fn no_hash() -> Problem {
+    Problem::new(StatusCode::INTERNAL_SERVER_ERROR, "the password could not be hashed")
+}
+
+/// Who one is.
+#[utoipa::path(get, path = "/auth/me", tag = "auth",
+    responses((status = 200, body = UserView), (status = 401, body = Problem), (status = 503, body = Problem)))]
+async fn me(
+    axum::extract::State(app): axum::extract::State<App>,
+    caller: Caller,
+) -> Result<Json<UserView>> {
+    Ok(Json(UserView::load(&app, caller.user).await?))
+}

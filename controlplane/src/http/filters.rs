@@ -1,0 +1,261 @@
+//! The black and white lists of targets.
+
+use axum::{Json, extract::State, http::StatusCode};
+use culvert_api::policy::{Access, Filter, PortRange};
+use sea_orm::{
+    ActiveModelTrait, ColumnTrait, EntityTrait, IntoActiveModel, PaginatorTrait, QueryFilter,
+    QueryOrder, QuerySelect,
+};
+use serde::{Deserialize, Serialize};
+use utoipa::{IntoParams, ToSchema};
+use utoipa_axum::{router::OpenApiRouter, routes};
+
+use super::{
+    Admin, App, Body, Id, Page, Paging, Params, Problem, problem::Result, users::time_text,
+};
+use crate::store::{Change, entity::url_filter as filter, now};
+
+pub(super) fn routes() -> OpenApiRouter<App> {
+    OpenApiRouter::new().routes(routes!(list, create)).routes(routes!(show, update, remove))
+}
+
+/// What a filter does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "lowercase")]
+enum Action {
+    /// Black list.
+    Deny,
+    /// White list: exempts from the black one.
+    Allow,
+}
+
+/// How a filter's value is read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+enum Kind {
+    /// An exact host name.
+    Domain,
+    /// A host name and all below it.
+    DomainSuffix,
+    /// A part of a host name.
+    DomainKeyword,
+    /// A regular expression on host names.
+    DomainRegex,
+    /// Addresses.
+    Cidr,
+}
+
+/// A filter.
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+struct FilterBody {
+    /// What it does.
+    action: Action,
+    /// How its value is read.
+    kind: Kind,
+    /// What matches.
+    #[schema(min_length = 1, max_length = 1000)]
+    value: String,
+    /// Ports and ranges it is for, such as `443` and `8000-8100`; empty is all.
+    #[serde(default)]
+    #[schema(max_items = 64)]
+    ports: Vec<String>,
+    /// Whether it is in force.
+    #[serde(default = "yes")]
+    enabled: bool,
+    /// For the admins.
+    #[serde(default)]
+    #[schema(max_length = 1000)]
+    comment: String,
+}
+
+fn yes() -> bool {
+    true
+}
+
+/// A filter, as it is kept.
+#[derive(Debug, Serialize, ToSchema)]
+struct FilterView {
+    /// Number.
+    id: String,
+    #[serde(flatten)]
+    filter: FilterBody,
+    /// When it was made.
+    #[schema(format = DateTime)]
+    created_at: String,
+}
+
+fn name_of(value: &impl Serialize) -> String {
+    serde_json::to_value(value).ok().and_then(|v| v.as_str().map(str::to_owned)).unwrap_or_default()
+}
+
+fn view(row: filter::Model) -> FilterView {
+    let word = |text: &str| serde_json::Value::String(text.to_owned());
+    FilterView {
+        id: row.id.to_string(),
+        created_at: time_text(row.created_at),
+        filter: FilterBody {
+            action: serde_json::from_value(word(&row.action)).unwrap_or(Action::Deny),
+            kind: serde_json::from_value(word(&row.kind)).unwrap_or(Kind::Domain),
+            value: row.value,
+            ports: serde_json::from_str(&row.ports).unwrap_or_default(),
+            enabled: row.enabled,
+            comment: row.comment,
+        },
+    }
+}
+
+/// A row as nodes read it.
+pub(crate) fn compiled(row: &filter::Model) -> std::result::Result<Filter, String> {
+    let mut filter = Filter {
+        action: if row.action == "allow" { Access::Allow } else { Access::Deny },
+        ..Filter::default()
+    };
+    let ports: Vec<String> = serde_json::from_str(&row.ports).unwrap_or_default();
+    for port in ports {
+        let port: PortRange = serde_json::from_value(serde_json::Value::String(port))
+            .map_err(|error| format!("ports: {error}"))?;
+        filter.port.push(port);
+    }
+    let list = match row.kind.as_str() {
+        "domain" => &mut filter.domain,
+        "domain_suffix" => &mut filter.domain_suffix,
+        "domain_keyword" => &mut filter.domain_keyword,
+        "domain_regex" => &mut filter.domain_regex,
+        _ => {
+            let net = super::users::network(&row.value).map_err(|problem| problem.detail)?;
+            filter.cidr.push(net);
+            return Ok(filter);
+        }
+    };
+    list.push(row.value.clone());
+    Ok(filter)
+}
+
+impl FilterBody {
+    fn row(&self) -> filter::Model {
+        filter::Model {
+            id: 0,
+            action: name_of(&self.action),
+            kind: name_of(&self.kind),
+            value: self.value.clone(),
+            ports: serde_json::to_string(&self.ports).unwrap_or_default(),
+            enabled: self.enabled,
+            comment: self.comment.clone(),
+            created_at: now(),
+        }
+    }
+
+    /// Says at once what a node would say.
+    fn check(&self) -> Result<()> {
+        if self.comment.chars().count() > 1000 || self.value.chars().count() > 1000 {
+            return Err(Problem::invalid("value and comment have at most 1000 characters"));
+        }
+        if self.value.is_empty() {
+            return Err(Problem::invalid("value: an empty one would match everything"));
+        }
+        let filter = compiled(&self.row()).map_err(Problem::invalid)?;
+        let policy = culvert_api::policy::Policy { filter: vec![filter], ..Default::default() };
+        crate::publish::check(&policy)
+    }
+}
+
+async fn find(db: &impl sea_orm::ConnectionTrait, id: i64) -> Result<filter::Model> {
+    filter::Entity::find_by_id(id).one(db).await?.ok_or_else(|| Problem::missing("filter"))
+}
+
+/// Which filters.
+#[derive(Debug, Deserialize, IntoParams)]
+#[into_params(parameter_in = Query)]
+struct Which {
+    /// A part of the value.
+    q: Option<String>,
+    /// Only these.
+    action: Option<Action>,
+}
+
+/// All filters.
+#[utoipa::path(get, path = "/filters", tag = "filters", params(Paging, Which),
+    responses((status = 200, body = Page<FilterView>), (status = 400, body = Problem), (status = 401, body = Problem), (status = 403, body = Problem), (status = 503, body = Problem)))]
+async fn list(
+    State(app): State<App>,
+    _: Admin,
+    Params(paging): Params<Paging>,
+    Params(which): Params<Which>,
+) -> Result<Json<Page<FilterView>>> {
+    let (size, skip) = paging.bounds()?;
+    let mut query = filter::Entity::find();
+    if let Some(part) = &which.q {
+        query = query.filter(filter::Column::Value.contains(part));
+    }
+    if let Some(action) = which.action {
+        query = query.filter(filter::Column::Action.eq(name_of(&action)));
+    }
+    let total = query.clone().count(app.store.db()).await?;
+    let rows = query.order_by_asc(filter::Column::Id).limit(size).offset(skip);
+    let items = rows.all(app.store.db()).await?.into_iter().map(view).collect();
+    Ok(Json(Page::new(items, total, &paging)))
+}
+
+/// One filter.
+#[utoipa::path(get, path = "/filters/{id}", tag = "filters", params(("id" = String, Path)),
+    responses((status = 200, body = FilterView), (status = 401, body = Problem), (status = 403, body = Problem), (status = 404, body = Problem), (status = 503, body = Problem)))]
+async fn show(State(app): State<App>, _: Admin, Id(id): Id) -> Result<Json<FilterView>> {
+    Ok(Json(view(find(app.store.db(), id).await?)))
+}
+
+/// Make a filter.
+#[utoipa::path(post, path = "/filters", tag = "filters", request_body = FilterBody,
+    responses((status = 201, body = FilterView), (status = 400, body = Problem), (status = 401, body = Problem), (status = 403, body = Problem),
+        (status = 415, body = Problem), (status = 422, body = Problem), (status = 503, body = Problem)))]
+async fn create(
+    State(app): State<App>,
+    Admin(caller): Admin,
+    Body(new): Body<FilterBody>,
+) -> Result<(StatusCode, Json<FilterView>)> {
+    new.check()?;
+    let edit = app.store.edit(caller.actor()).await?;
+    let db = edit.db();
+    let mut row = new.row().into_active_model().reset_all();
+    row.id = sea_orm::NotSet;
+    let row = row.insert(db).await?;
+    edit.commit(Change::new("filter.create", &new.value).new_value(&new).policy()).await?;
+
+    Ok((StatusCode::CREATED, Json(view(row))))
+}
+
+/// Change a filter.
+#[utoipa::path(put, path = "/filters/{id}", tag = "filters", params(("id" = String, Path)), request_body = FilterBody,
+    responses((status = 200, body = FilterView), (status = 400, body = Problem), (status = 401, body = Problem), (status = 403, body = Problem), (status = 404, body = Problem),
+        (status = 415, body = Problem), (status = 422, body = Problem), (status = 503, body = Problem)))]
+async fn update(
+    State(app): State<App>,
+    Admin(caller): Admin,
+    Id(id): Id,
+    Body(new): Body<FilterBody>,
+) -> Result<Json<FilterView>> {
+    new.check()?;
+    let edit = app.store.edit(caller.actor()).await?;
+    let db = edit.db();
+    let old = find(db, id).await?;
+    let row = filter::Model { id, created_at: old.created_at, ..new.row() };
+    let row = row.into_active_model().reset_all().update(db).await?;
+    let change = Change::new("filter.update", &new.value).old(&view(old)).new_value(&new);
+    edit.commit(change.policy()).await?;
+
+    Ok(Json(view(row)))
+}
+
+/// Delete a filter.
+#[utoipa::path(delete, path = "/filters/{id}", tag = "filters", params(("id" = String, Path)),
+    responses((status = 204), (status = 401, body = Problem), (status = 403, body = Problem), (status = 404, body = Problem), (status = 503, body = Problem)))]
+async fn remove(State(app): State<App>, Admin(caller): Admin, Id(id): Id) -> Result<StatusCode> {
+    let edit = app.store.edit(caller.actor()).await?;
+    let db = edit.db();
+    let old = find(db, id).await?;
+    filter::Entity::delete_by_id(id).exec(db).await?;
+    let change = Change::new("filter.delete", &old.value).policy();
+    edit.commit(change.old(&view(old))).await?;
+
+    Ok(StatusCode::NO_CONTENT)
+}

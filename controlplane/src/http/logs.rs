@@ -1,0 +1,190 @@
+//! Ended sessions.
+
+use axum::{
+    Json,
+    body::Body as HttpBody,
+    extract::State,
+    http::header,
+    response::{IntoResponse, Response},
+};
+use sea_orm::{
+    ColumnTrait, EntityTrait, PaginatorTrait, QueryFilter, QueryOrder, QuerySelect, Select,
+};
+use serde::{Deserialize, Serialize};
+use utoipa::{IntoParams, ToSchema};
+use utoipa_axum::{router::OpenApiRouter, routes};
+
+use super::{
+    App, Caller, Page, Paging, Params, Problem,
+    problem::Result,
+    users::{time_of, time_text},
+};
+use crate::store::entity::access_log as log;
+
+/// Rows of one part of an export.
+const PART: u64 = 1000;
+
+pub(super) fn routes() -> OpenApiRouter<App> {
+    OpenApiRouter::new().routes(routes!(list)).routes(routes!(export))
+}
+
+/// An ended session or HTTP exchange.
+#[derive(Debug, Serialize, ToSchema)]
+struct LogView {
+    /// Number.
+    id: String,
+    /// When it ended.
+    #[schema(format = DateTime)]
+    at: String,
+    /// The node.
+    node_id: String,
+    /// The user.
+    user_id: Option<String>,
+    /// The user's name then.
+    user: String,
+    /// The client's address.
+    client: String,
+    /// The target asked for.
+    target: String,
+    /// How it ended.
+    end: String,
+    /// Bytes to the target.
+    bytes_up: i64,
+    /// Bytes to the client.
+    bytes_down: i64,
+    /// The whole record.
+    #[schema(value_type = Object)]
+    record: serde_json::Value,
+}
+
+fn view(row: log::Model) -> LogView {
+    LogView {
+        id: row.id.to_string(),
+        at: time_text(row.at),
+        node_id: row.node_id.to_string(),
+        user_id: (row.user_id > 0).then(|| row.user_id.to_string()),
+        user: row.user_name,
+        client: row.client,
+        target: row.target,
+        end: row.ended,
+        bytes_up: row.bytes_up,
+        bytes_down: row.bytes_down,
+        record: serde_json::from_str(&row.body).unwrap_or_default(),
+    }
+}
+
+/// Which records.
+#[derive(Debug, Clone, Deserialize, IntoParams)]
+#[into_params(parameter_in = Query)]
+struct Which {
+    /// Only of a user.
+    user_id: Option<String>,
+    /// A part of the target.
+    target: Option<String>,
+    /// How they ended, such as `finished`.
+    end: Option<String>,
+    /// From when.
+    #[param(format = DateTime)]
+    from: Option<String>,
+    /// Until when.
+    #[param(format = DateTime)]
+    to: Option<String>,
+}
+
+impl Which {
+    fn query(&self, caller: &Caller) -> Result<Select<log::Entity>> {
+        let mut query = log::Entity::find();
+        if let Some(user) = &self.user_id {
+            query = query.filter(log::Column::UserId.eq(user.parse::<i64>().unwrap_or(-1)));
+        }
+        if let Some(target) = &self.target {
+            query = query.filter(log::Column::Target.contains(target));
+        }
+        if let Some(end) = &self.end {
+            query = query.filter(log::Column::Ended.eq(end));
+        }
+        let bad =
+            |problem: Problem| Problem::new(axum::http::StatusCode::BAD_REQUEST, problem.detail);
+        if let Some(from) = &self.from {
+            query = query.filter(log::Column::At.gte(time_of(from).map_err(bad)?));
+        }
+        if let Some(to) = &self.to {
+            query = query.filter(log::Column::At.lt(time_of(to).map_err(bad)?));
+        }
+        if !caller.is_admin() {
+            query = query.filter(log::Column::UserId.eq(caller.user.id));
+        }
+        Ok(query)
+    }
+}
+
+/// Ended sessions, the last first; others than admins see only their own.
+#[utoipa::path(get, path = "/logs/access", tag = "logs", params(Paging, Which),
+    responses((status = 200, body = Page<LogView>), (status = 400, body = Problem), (status = 401, body = Problem), (status = 503, body = Problem)))]
+async fn list(
+    State(app): State<App>,
+    caller: Caller,
+    Params(paging): Params<Paging>,
+    Params(which): Params<Which>,
+) -> Result<Json<Page<LogView>>> {
+    let (size, skip) = paging.bounds()?;
+    let query = which.query(&caller)?;
+    let total = query.clone().count(app.store.db()).await?;
+    let rows = query.order_by_desc(log::Column::Id).limit(size).offset(skip);
+    let items = rows.all(app.store.db()).await?.into_iter().map(view).collect();
+    Ok(Json(Page::new(items, total, &paging)))
+}
+
+/// A spreadsheet would run a cell that begins like a formula.
+pub(super) fn cell(text: &str) -> String {
+    if text.starts_with(['=', '+', '-', '@', '\t', '\r']) {
+        format!("'{text}")
+    } else {
+        text.into()
+    }
+}
+
+/// The same as CSV, the first first, streamed.
+#[utoipa::path(get, path = "/logs/access/export.csv", tag = "logs", params(Which),
+    responses((status = 200, body = String, content_type = "text/csv"), (status = 400, body = Problem), (status = 401, body = Problem), (status = 503, body = Problem)))]
+async fn export(
+    State(app): State<App>,
+    caller: Caller,
+    Params(which): Params<Which>,
+) -> Result<Response> {
+    let query = which.query(&caller)?.order_by_asc(log::Column::Id);
+    let (sender, receiver) = tokio::sync::mpsc::channel::<std::io::Result<Vec<u8>>>(2);
+    tokio::spawn(async move {
+        let mut after = 0;
+        let head = "time,node,user,client,target,end,bytes_up,bytes_down\n";
+        let mut sent = sender.send(Ok(head.into())).await;
+        while sent.is_ok() {
+            let part = query.clone().filter(log::Column::Id.gt(after)).limit(PART);
+            let rows = match part.all(app.store.db()).await {
+                Ok(rows) => rows,
+                Err(error) => {
+                    // The client sees that it is not whole.
+                    let _ = sender.send(Err(std::io::Error::other(error.to_string()))).await;
+                    return;
+                }
+            };
+            let Some(last) = rows.last() else { return };
+            after = last.id;
+            let mut writer = csv::Writer::from_writer(Vec::new());
+            for row in rows {
+                let (up, down) = (row.bytes_up.to_string(), row.bytes_down.to_string());
+                let (at, node) = (time_text(row.at), row.node_id.to_string());
+                let cells = [&at, &node, &cell(&row.user_name), &cell(&row.client)];
+                let more = [&cell(&row.target), &row.ended, &up, &down];
+                let _ = writer.write_record(cells.into_iter().chain(more));
+            }
+            sent = sender.send(Ok(writer.into_inner().unwrap_or_default())).await;
+        }
+    });
+    let stream = tokio_stream::wrappers::ReceiverStream::new(receiver);
+    let headers = [
+        (header::CONTENT_TYPE, "text/csv; charset=utf-8"),
+        (header::CONTENT_DISPOSITION, "attachment; filename=\"access.csv\""),
+    ];
+    Ok((headers, HttpBody::from_stream(stream)).into_response())
+}

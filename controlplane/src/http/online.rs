@@ -1,0 +1,139 @@
+//! The sessions that run.
+
+use axum::{Json, extract::State, http::StatusCode};
+use sea_orm::{
+    ColumnTrait, EntityTrait, PaginatorTrait, QueryFilter, QueryOrder, QuerySelect, Set,
+};
+use serde::{Deserialize, Serialize};
+use utoipa::{IntoParams, ToSchema};
+use utoipa_axum::{router::OpenApiRouter, routes};
+
+use super::{Admin, App, Caller, Id, Page, Paging, Params, Problem, problem::Result};
+use crate::store::{
+    Change,
+    entity::{command, session, user},
+    now,
+};
+
+pub(super) fn routes() -> OpenApiRouter<App> {
+    OpenApiRouter::new().routes(routes!(list)).routes(routes!(kick)).routes(routes!(kick_user))
+}
+
+/// A session that runs.
+#[derive(Debug, Serialize, ToSchema)]
+struct SessionView {
+    /// For ending it: the node's number, a dash, the session's.
+    id: String,
+    /// The node.
+    node_id: String,
+    /// The user.
+    user_id: Option<String>,
+    /// What the node tells of it: client, target, protocol, rule, seconds.
+    #[schema(value_type = Object)]
+    session: serde_json::Value,
+}
+
+/// Which sessions.
+#[derive(Debug, Deserialize, IntoParams)]
+#[into_params(parameter_in = Query)]
+struct Which {
+    /// Only those of a user.
+    user_id: Option<String>,
+    /// Only those of a node.
+    node_id: Option<String>,
+}
+
+/// Sessions that run, on all nodes; others than admins see only their own. At most 5 s old.
+#[utoipa::path(get, path = "/online", tag = "online", params(Paging, Which),
+    responses((status = 200, body = Page<SessionView>), (status = 400, body = Problem), (status = 401, body = Problem), (status = 503, body = Problem)))]
+async fn list(
+    State(app): State<App>,
+    caller: Caller,
+    Params(paging): Params<Paging>,
+    Params(which): Params<Which>,
+) -> Result<Json<Page<SessionView>>> {
+    let (size, skip) = paging.bounds()?;
+    let mut query = session::Entity::find();
+    let number = |text: &str| text.parse::<i64>().unwrap_or(-1);
+    if let Some(user) = &which.user_id {
+        query = query.filter(session::Column::UserId.eq(number(user)));
+    }
+    if let Some(node) = &which.node_id {
+        query = query.filter(session::Column::NodeId.eq(number(node)));
+    }
+    if !caller.is_admin() {
+        query = query.filter(session::Column::UserId.eq(caller.user.id));
+    }
+    let total = query.clone().count(app.store.db()).await?;
+    let rows = query
+        .order_by_asc(session::Column::NodeId)
+        .order_by_asc(session::Column::Session)
+        .limit(size)
+        .offset(skip)
+        .all(app.store.db())
+        .await?;
+    let view = |row: session::Model| SessionView {
+        id: format!("{}-{}", row.node_id, row.session),
+        node_id: row.node_id.to_string(),
+        user_id: (row.user_id > 0).then(|| row.user_id.to_string()),
+        session: serde_json::from_str(&row.body).unwrap_or_default(),
+    };
+    Ok(Json(Page::new(rows.into_iter().map(view).collect(), total, &paging)))
+}
+
+/// End one session.
+#[utoipa::path(delete, path = "/online/{session}", tag = "online", params(("session" = String, Path)),
+    responses((status = 202), (status = 401, body = Problem), (status = 403, body = Problem), (status = 404, body = Problem), (status = 503, body = Problem)))]
+async fn kick(
+    State(app): State<App>,
+    Admin(caller): Admin,
+    axum::extract::Path(id): axum::extract::Path<String>,
+) -> Result<StatusCode> {
+    let missing = || Problem::missing("session");
+    let (node, number) = id.split_once('-').ok_or_else(missing)?;
+    let (Ok(node), Ok(number)) = (node.parse::<i64>(), number.parse::<i64>()) else {
+        return Err(missing());
+    };
+    let known = session::Entity::find_by_id((node, number)).one(app.store.db()).await?;
+    known.ok_or_else(missing)?;
+    ask(&app, &caller, node, "end_session", number, &id).await
+}
+
+/// End all sessions of a user, on all nodes.
+#[utoipa::path(delete, path = "/online/users/{id}", tag = "online", params(("id" = String, Path)),
+    responses((status = 202), (status = 401, body = Problem), (status = 403, body = Problem), (status = 404, body = Problem), (status = 503, body = Problem)))]
+async fn kick_user(State(app): State<App>, Admin(caller): Admin, Id(id): Id) -> Result<StatusCode> {
+    let user = user::Entity::find_by_id(id).one(app.store.db()).await?;
+    let user = user.ok_or_else(|| Problem::missing("user"))?;
+    ask(&app, &caller, 0, "end_user", id, &user.name).await
+}
+
+/// Leaves a command for whichever control plane has the node; node 0 is all.
+pub(super) async fn ask(
+    app: &App,
+    caller: &Caller,
+    node: i64,
+    kind: &'static str,
+    argument: i64,
+    subject: &str,
+) -> Result<StatusCode> {
+    let edit = app.store.edit(caller.actor()).await?;
+    let db = edit.db();
+    let row = command::ActiveModel {
+        node_id: Set(node),
+        kind: Set(kind.to_owned()),
+        argument: Set(argument),
+        at: Set(now()),
+        ..Default::default()
+    };
+    command::Entity::insert(row).exec_without_returning(db).await?;
+    let action = match kind {
+        "end_session" => "online.end_session",
+        "end_user" => "online.end_user",
+        _ => "node.drain",
+    };
+    edit.commit(Change::new(action, subject)).await?;
+
+    app.hub.look();
+    Ok(StatusCode::ACCEPTED)
+}

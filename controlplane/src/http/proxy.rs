@@ -1,0 +1,252 @@
+//! Nodes: enrolled, revoked, how they are.
+
+use axum::{Json, extract::State, http::StatusCode};
+use sea_orm::{
+    ActiveModelTrait, ColumnTrait, EntityTrait, IntoActiveModel, PaginatorTrait, QueryFilter,
+    QueryOrder, QuerySelect, Set,
+};
+use serde::{Deserialize, Serialize};
+use utoipa::{IntoParams, ToSchema};
+use utoipa_axum::{router::OpenApiRouter, routes};
+
+use super::{
+    Admin, App, Body, Id, Page, Paging, Params, Problem, online::ask, problem::Result,
+    users::time_text,
+};
+use crate::store::{
+    Change,
+    entity::{heartbeat, node},
+    now,
+};
+
+/// A node that was silent so long is offline, in microseconds.
+const SILENT: i64 = 15_000_000;
+
+pub(super) fn routes() -> OpenApiRouter<App> {
+    OpenApiRouter::new()
+        .routes(routes!(list, enrol))
+        .routes(routes!(revoke))
+        .routes(routes!(drain))
+        .routes(routes!(health))
+        .routes(routes!(heartbeats))
+}
+
+/// A node.
+#[derive(Debug, Serialize, ToSchema)]
+struct NodeView {
+    /// Number.
+    id: String,
+    /// Name.
+    name: String,
+    /// `active` or `revoked`.
+    status: String,
+    /// Whether it was heard of in the last 15 s.
+    online: bool,
+    /// The program's version.
+    version: String,
+    /// The generation in force there.
+    generation: i64,
+    /// Why it refuses a newer one; empty if it does not.
+    refusal: String,
+    /// When it was last heard of.
+    #[schema(format = DateTime)]
+    seen_at: Option<String>,
+    /// When it was enrolled.
+    #[schema(format = DateTime)]
+    created_at: String,
+}
+
+fn view(row: node::Model) -> NodeView {
+    NodeView {
+        id: row.id.to_string(),
+        online: row.connected && row.seen_at.is_some_and(|at| at > now() - SILENT),
+        name: row.name,
+        status: row.status,
+        version: row.version,
+        generation: row.generation,
+        refusal: row.refusal,
+        seen_at: row.seen_at.map(time_text),
+        created_at: time_text(row.created_at),
+    }
+}
+
+/// All nodes.
+#[utoipa::path(get, path = "/proxy/nodes", tag = "proxy", params(Paging),
+    responses((status = 200, body = Page<NodeView>), (status = 400, body = Problem), (status = 401, body = Problem), (status = 403, body = Problem), (status = 503, body = Problem)))]
+async fn list(
+    State(app): State<App>,
+    _: Admin,
+    Params(paging): Params<Paging>,
+) -> Result<Json<Page<NodeView>>> {
+    let (size, skip) = paging.bounds()?;
+    let query = node::Entity::find();
+    let total = query.clone().count(app.store.db()).await?;
+    let rows = query.order_by_asc(node::Column::Id).limit(size).offset(skip);
+    let items = rows.all(app.store.db()).await?.into_iter().map(view).collect();
+    Ok(Json(Page::new(items, total, &paging)))
+}
+
+/// A new node.
+#[derive(Debug, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+struct NewNode {
+    /// The `node.name` of its file.
+    #[schema(min_length = 1, max_length = 255, pattern = "^[^\\x00-\\x1f\\x7f]+$")]
+    name: String,
+}
+
+/// Enrol a node.
+#[utoipa::path(post, path = "/proxy/nodes", tag = "proxy", request_body = NewNode,
+    responses((status = 201, body = NodeView), (status = 400, body = Problem), (status = 401, body = Problem), (status = 403, body = Problem),
+        (status = 409, body = Problem), (status = 415, body = Problem), (status = 422, body = Problem), (status = 503, body = Problem)))]
+async fn enrol(
+    State(app): State<App>,
+    Admin(caller): Admin,
+    Body(new): Body<NewNode>,
+) -> Result<(StatusCode, Json<NodeView>)> {
+    let fits = (1..=255).contains(&new.name.len()) && !new.name.chars().any(char::is_control);
+    if !fits {
+        return Err(Problem::invalid("name: 1 to 255 bytes without control characters"));
+    }
+    let edit = app.store.edit(caller.actor()).await?;
+    let db = edit.db();
+    let row = new_node(&new.name).insert(db).await?;
+    edit.commit(Change::new("node.add", &new.name)).await?;
+
+    Ok((StatusCode::CREATED, Json(view(row))))
+}
+
+/// A node that nobody has heard of yet.
+pub(crate) fn new_node(name: &str) -> node::ActiveModel {
+    node::ActiveModel {
+        name: Set(name.to_owned()),
+        status: Set("active".into()),
+        boot: Set(0),
+        version: Set(String::new()),
+        generation: Set(0),
+        refusal: Set(String::new()),
+        connected: Set(false),
+        seen_at: Set(None),
+        created_at: Set(now()),
+        ..Default::default()
+    }
+}
+
+/// Revoke a node: it gets nothing more, and is not listened to.
+#[utoipa::path(delete, path = "/proxy/nodes/{id}", tag = "proxy", params(("id" = String, Path)),
+    responses((status = 204), (status = 401, body = Problem), (status = 403, body = Problem), (status = 404, body = Problem), (status = 503, body = Problem)))]
+async fn revoke(State(app): State<App>, Admin(caller): Admin, Id(id): Id) -> Result<StatusCode> {
+    let edit = app.store.edit(caller.actor()).await?;
+    let db = edit.db();
+    let row = node::Entity::find_by_id(id).one(db).await?;
+    let row = row.ok_or_else(|| Problem::missing("node"))?;
+    let name = row.name.clone();
+    let mut row = row.into_active_model();
+    row.status = Set("revoked".into());
+    row.update(db).await?;
+    edit.commit(Change::new("node.revoke", name)).await?;
+
+    app.hub.look();
+    Ok(StatusCode::NO_CONTENT)
+}
+
+/// Let a node drain: it takes no more sessions, lets the others end, and exits.
+#[utoipa::path(post, path = "/proxy/nodes/{id}/drain", tag = "proxy", params(("id" = String, Path)),
+    responses((status = 202), (status = 401, body = Problem), (status = 403, body = Problem), (status = 404, body = Problem), (status = 503, body = Problem)))]
+async fn drain(State(app): State<App>, Admin(caller): Admin, Id(id): Id) -> Result<StatusCode> {
+    let row = node::Entity::find_by_id(id).one(app.store.db()).await?;
+    let row = row.ok_or_else(|| Problem::missing("node"))?;
+    ask(&app, &caller, id, "drain", 0, &row.name).await
+}
+
+/// How the proxies are.
+#[derive(Debug, Serialize, ToSchema)]
+struct Health {
+    /// Enrolled and not revoked.
+    nodes: usize,
+    /// Of those, heard of in the last 15 s.
+    online: usize,
+    /// Of those, with the present generation in force.
+    current: usize,
+    /// The present generation.
+    generation: i64,
+}
+
+/// How the proxies are.
+#[utoipa::path(get, path = "/proxy/health", tag = "proxy",
+    responses((status = 200, body = Health), (status = 401, body = Problem), (status = 403, body = Problem), (status = 503, body = Problem)))]
+async fn health(State(app): State<App>, _: Admin) -> Result<Json<Health>> {
+    let nodes = node::Entity::find().filter(node::Column::Status.eq("active"));
+    let nodes: Vec<_> = nodes.all(app.store.db()).await?.into_iter().map(view).collect();
+    let generation = app.store.generation().await?;
+    let online = nodes.iter().filter(|node| node.online);
+    Ok(Json(Health {
+        online: online.clone().count(),
+        current: online.filter(|node| node.generation >= generation).count(),
+        nodes: nodes.len(),
+        generation,
+    }))
+}
+
+/// How a node was.
+#[derive(Debug, Serialize, ToSchema)]
+struct HeartbeatView {
+    /// The node.
+    node_id: String,
+    /// When.
+    #[schema(format = DateTime)]
+    at: String,
+    /// Sessions that ran.
+    sessions: i64,
+    /// CPU time of the process so far, in microseconds.
+    cpu_us: i64,
+    /// Resident memory in bytes.
+    memory: i64,
+    /// Bytes to targets since its start.
+    up: i64,
+    /// Bytes to clients since its start.
+    down: i64,
+    /// Whether it took sessions.
+    ready: bool,
+    /// Seconds since its start.
+    uptime: i64,
+}
+
+/// Which heartbeats.
+#[derive(Debug, Deserialize, IntoParams)]
+#[into_params(parameter_in = Query)]
+struct Which {
+    /// Only of a node.
+    node_id: Option<String>,
+}
+
+/// How the nodes were, the last first.
+#[utoipa::path(get, path = "/proxy/heartbeats", tag = "proxy", params(Paging, Which),
+    responses((status = 200, body = Page<HeartbeatView>), (status = 400, body = Problem), (status = 401, body = Problem), (status = 403, body = Problem), (status = 503, body = Problem)))]
+async fn heartbeats(
+    State(app): State<App>,
+    _: Admin,
+    Params(paging): Params<Paging>,
+    Params(which): Params<Which>,
+) -> Result<Json<Page<HeartbeatView>>> {
+    let (size, skip) = paging.bounds()?;
+    let mut query = heartbeat::Entity::find();
+    if let Some(node) = &which.node_id {
+        query = query.filter(heartbeat::Column::NodeId.eq(node.parse::<i64>().unwrap_or(-1)));
+    }
+    let total = query.clone().count(app.store.db()).await?;
+    let rows = query.order_by_desc(heartbeat::Column::At).limit(size).offset(skip);
+    let view = |row: heartbeat::Model| HeartbeatView {
+        node_id: row.node_id.to_string(),
+        at: time_text(row.at),
+        sessions: row.sessions,
+        cpu_us: row.cpu_us,
+        memory: row.memory,
+        up: row.up,
+        down: row.down,
+        ready: row.ready,
+        uptime: row.uptime,
+    };
+    let items = rows.all(app.store.db()).await?.into_iter().map(view).collect();
+    Ok(Json(Page::new(items, total, &paging)))
+}

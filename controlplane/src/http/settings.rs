@@ -1,0 +1,168 @@
+//! Settings of the policy and of the control plane.
+
+use axum::{Json, extract::State};
+use culvert_api::policy::{Access, Policy};
+use sea_orm::{ConnectionTrait, DbErr, EntityTrait, Set, sea_query::OnConflict};
+use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
+use utoipa_axum::{router::OpenApiRouter, routes};
+
+use super::{Admin, App, Body, Problem, problem::Result, users::network};
+use crate::store::{Change, entity::setting};
+
+pub(super) fn routes() -> OpenApiRouter<App> {
+    OpenApiRouter::new().routes(routes!(show, update))
+}
+
+/// What is done when no rule decides.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum Default {
+    /// Let through.
+    Allow,
+    /// Refuse.
+    Deny,
+}
+
+/// Settings.
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
+pub(crate) struct Settings {
+    /// When no rule decides.
+    default_policy: Default,
+    /// Internal targets that may be dialled.
+    allow_internal: Vec<String>,
+    /// Target ports nobody may use.
+    deny_ports: Vec<u16>,
+    /// Days access logs are kept.
+    access_log_days: u32,
+    /// Days minutes of traffic are kept.
+    traffic_log_days: u32,
+    /// Days the audit log is kept; 0 is for ever.
+    audit_log_days: u32,
+}
+
+impl std::default::Default for Settings {
+    fn default() -> Self {
+        Self {
+            default_policy: Default::Allow,
+            allow_internal: Vec::new(),
+            deny_ports: vec![25],
+            access_log_days: 30,
+            traffic_log_days: 30,
+            audit_log_days: 0,
+        }
+    }
+}
+
+impl Settings {
+    /// As the database has them.
+    pub(crate) async fn load(db: &impl ConnectionTrait) -> std::result::Result<Self, DbErr> {
+        let rows = setting::Entity::find().all(db).await?;
+        let mut map = serde_json::to_value(Self::default()).unwrap_or_default();
+        for row in rows {
+            if let (Some(map), Ok(value)) = (map.as_object_mut(), serde_json::from_str(&row.value))
+            {
+                map.insert(row.name, value);
+            }
+        }
+        Ok(serde_json::from_value(map).unwrap_or_default())
+    }
+
+    /// Their part of a policy.
+    pub(crate) fn apply(&self, policy: &mut Policy) {
+        policy.default = match self.default_policy {
+            Default::Allow => Access::Allow,
+            Default::Deny => Access::Deny,
+        };
+        policy.allow_internal =
+            self.allow_internal.iter().filter_map(|text| network(text).ok()).collect();
+        policy.deny_ports.clone_from(&self.deny_ports);
+    }
+
+    /// Days rows are kept: access log, traffic, audit.
+    pub(crate) fn days(&self) -> [u32; 3] {
+        [self.access_log_days, self.traffic_log_days, self.audit_log_days]
+    }
+}
+
+/// What is left out stays.
+#[derive(Debug, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+struct SettingsPatch {
+    /// When no rule decides.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    default_policy: Option<Default>,
+    /// Internal targets that may be dialled.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(max_items = 1000)]
+    allow_internal: Option<Vec<String>>,
+    /// Target ports nobody may use.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(max_items = 1000)]
+    deny_ports: Option<Vec<u16>>,
+    /// Days access logs are kept.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(minimum = 1, maximum = 3650)]
+    access_log_days: Option<u32>,
+    /// Days minutes of traffic are kept.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(minimum = 1, maximum = 3650)]
+    traffic_log_days: Option<u32>,
+    /// Days the audit log is kept; 0 is for ever.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(maximum = 3650)]
+    audit_log_days: Option<u32>,
+}
+
+/// The settings.
+#[utoipa::path(get, path = "/settings", tag = "settings",
+    responses((status = 200, body = Settings), (status = 401, body = Problem), (status = 403, body = Problem), (status = 503, body = Problem)))]
+async fn show(State(app): State<App>, _: Admin) -> Result<Json<Settings>> {
+    Ok(Json(Settings::load(app.store.db()).await?))
+}
+
+/// Change settings.
+#[utoipa::path(patch, path = "/settings", tag = "settings", request_body = SettingsPatch,
+    responses((status = 200, body = Settings), (status = 400, body = Problem), (status = 401, body = Problem), (status = 403, body = Problem),
+        (status = 415, body = Problem), (status = 422, body = Problem), (status = 503, body = Problem)))]
+async fn update(
+    State(app): State<App>,
+    Admin(caller): Admin,
+    Body(mut patch): Body<SettingsPatch>,
+) -> Result<Json<Settings>> {
+    if let Some(nets) = &mut patch.allow_internal {
+        for net in nets.iter_mut() {
+            *net = network(net)?.to_string();
+        }
+    }
+    let long = |list: Option<usize>| list.is_some_and(|length| length > 1000);
+    if long(patch.allow_internal.as_ref().map(Vec::len))
+        || long(patch.deny_ports.as_ref().map(Vec::len))
+    {
+        return Err(Problem::invalid("lists have at most 1000 entries"));
+    }
+    let kept = [patch.access_log_days, patch.traffic_log_days];
+    let days = kept.into_iter().flatten();
+    if days.clone().any(|days| days == 0)
+        || days.chain(patch.audit_log_days).any(|days| days > 3650)
+    {
+        return Err(Problem::invalid("days are 1 to 3650 (audit_log_days: 0 is for ever)"));
+    }
+    let edit = app.store.edit(caller.actor()).await?;
+    let db = edit.db();
+    let old = Settings::load(db).await?;
+    let patch = serde_json::to_value(&patch).unwrap_or_default();
+    for (name, value) in patch.as_object().into_iter().flatten() {
+        let row = setting::ActiveModel { name: Set(name.clone()), value: Set(value.to_string()) };
+        let over = OnConflict::column(setting::Column::Name)
+            .update_column(setting::Column::Value)
+            .to_owned();
+        setting::Entity::insert(row).on_conflict(over).exec_without_returning(db).await?;
+    }
+    let new = Settings::load(db).await?;
+    let change = Change::new("settings.update", "").old(&old).new_value(&new).policy();
+    edit.commit(change).await?;
+    let settings = new;
+
+    Ok(Json(settings))
+}

@@ -1,0 +1,711 @@
+//! Users.
+
+use std::collections::HashMap;
+
+use axum::{Json, extract::State, http::StatusCode};
+use sea_orm::{
+    ActiveModelTrait, ColumnTrait, ConnectionTrait, DatabaseTransaction, EntityTrait,
+    IntoActiveModel, PaginatorTrait, QueryFilter, QueryOrder, QuerySelect, Set,
+};
+use serde::{Deserialize, Deserializer, Serialize};
+use time::{OffsetDateTime, format_description::well_known::Rfc3339};
+use utoipa::{IntoParams, ToSchema};
+use utoipa_axum::{router::OpenApiRouter, routes};
+
+use super::{
+    Admin, App, Body, Caller, Id, Page, Paging, Params, Problem, auth::no_hash, problem::Result,
+};
+use crate::{
+    auth::{check_password, hash_password},
+    store::{
+        Change,
+        entity::{bandwidth_limit as limit, refresh, usage, user},
+        now,
+    },
+};
+
+pub(super) fn routes() -> OpenApiRouter<App> {
+    OpenApiRouter::new()
+        .routes(routes!(list, create))
+        .routes(routes!(show, update, remove))
+        .routes(routes!(password))
+        .routes(routes!(usage_of))
+        .routes(routes!(reset))
+}
+
+/// Times of the API: RFC 3339.
+pub(super) fn time_text(microseconds: i64) -> String {
+    let time = OffsetDateTime::from_unix_timestamp_nanos(i128::from(microseconds) * 1000);
+    time.ok().and_then(|time| time.format(&Rfc3339).ok()).unwrap_or_default()
+}
+
+/// The other way.
+pub(super) fn time_of(text: &str) -> Result<i64> {
+    OffsetDateTime::parse(text, &Rfc3339)
+        .ok()
+        .and_then(|time| i64::try_from(time.unix_timestamp_nanos() / 1000).ok())
+        .ok_or_else(|| {
+            Problem::invalid(format!("`{text}` is no time such as 2027-01-01T00:00:00Z"))
+        })
+}
+
+/// What a user may use; what is null is not limited, or follows the group or the default.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, ToSchema)]
+#[serde(default, deny_unknown_fields)]
+pub(super) struct UserLimits {
+    /// Bytes a second to targets.
+    #[schema(minimum = 1)]
+    up: Option<i64>,
+    /// Bytes a second to the client.
+    #[schema(minimum = 1)]
+    down: Option<i64>,
+    /// Bytes at once after a pause.
+    #[schema(minimum = 1)]
+    burst: Option<i64>,
+    /// Sessions at once.
+    #[schema(minimum = 1, maximum = 4294967295u32)]
+    sessions: Option<i64>,
+    /// New sessions a second.
+    #[schema(minimum = 1, maximum = 4294967295u32)]
+    new_sessions_per_second: Option<i64>,
+    /// Client addresses at once.
+    #[schema(minimum = 1, maximum = 64)]
+    devices: Option<i64>,
+    /// Client networks the user may come from; empty is any.
+    #[schema(max_items = 64)]
+    source_addresses: Vec<String>,
+    /// The local address to dial from.
+    egress_address: Option<String>,
+    /// Bytes in a period.
+    #[schema(minimum = 1)]
+    quota_bytes: Option<i64>,
+    /// The period.
+    quota_period: Option<Period>,
+}
+
+/// When a quota begins anew.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "lowercase")]
+pub(super) enum Period {
+    /// At midnight.
+    Day,
+    /// On Monday.
+    Week,
+    /// On the first.
+    Month,
+    /// Never.
+    Total,
+}
+
+impl Period {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Day => "day",
+            Self::Week => "week",
+            Self::Month => "month",
+            Self::Total => "total",
+        }
+    }
+
+    fn of(name: &str) -> Option<Self> {
+        [Self::Day, Self::Week, Self::Month, Self::Total]
+            .into_iter()
+            .find(|period| period.name() == name)
+    }
+}
+
+impl UserLimits {
+    fn check(&self) -> Result<()> {
+        let positive = [
+            ("up", self.up, i64::MAX),
+            ("down", self.down, i64::MAX),
+            ("burst", self.burst, i64::MAX),
+            ("sessions", self.sessions, i64::from(u32::MAX)),
+            ("new_sessions_per_second", self.new_sessions_per_second, i64::from(u32::MAX)),
+            ("devices", self.devices, 64),
+            ("quota_bytes", self.quota_bytes, i64::MAX),
+        ];
+        for (name, value, max) in positive {
+            if value.is_some_and(|value| !(1..=max).contains(&value)) {
+                return Err(Problem::invalid(format!("limits.{name} is 1 to {max}, or null")));
+            }
+        }
+        if self.source_addresses.len() > 64 {
+            return Err(Problem::invalid("limits.source_addresses has at most 64 networks"));
+        }
+        for text in &self.source_addresses {
+            network(text)?;
+        }
+        if let Some(text) = &self.egress_address
+            && text.parse::<std::net::IpAddr>().is_err()
+        {
+            return Err(Problem::invalid(format!("limits.egress_address: `{text}` is no address")));
+        }
+        Ok(())
+    }
+}
+
+/// A network as text, or one address.
+pub(super) fn network(text: &str) -> Result<ipnet::IpNet> {
+    text.parse::<ipnet::IpNet>()
+        .or_else(|_| text.parse::<std::net::IpAddr>().map(ipnet::IpNet::from))
+        .map(|net| net.trunc())
+        .map_err(|_| Problem::invalid(format!("`{text}` is no network such as 10.0.0.0/8")))
+}
+
+/// A role.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema, Default)]
+#[serde(rename_all = "lowercase")]
+pub(super) enum Role {
+    /// Sees and changes what is their own.
+    #[default]
+    User,
+    /// Sees and changes everything.
+    Admin,
+}
+
+/// Whether a user may log in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema, Default)]
+#[serde(rename_all = "lowercase")]
+pub(super) enum Status {
+    /// Yes.
+    #[default]
+    Active,
+    /// No.
+    Disabled,
+}
+
+fn name_of(value: &impl Serialize) -> String {
+    serde_json::to_value(value).ok().and_then(|v| v.as_str().map(str::to_owned)).unwrap_or_default()
+}
+
+/// A user.
+#[derive(Debug, Serialize, ToSchema)]
+pub(super) struct UserView {
+    /// Number; never used again.
+    id: String,
+    /// Name.
+    name: String,
+    /// Role.
+    role: Role,
+    /// Status.
+    status: Status,
+    /// May use the proxy.
+    proxy_access: bool,
+    /// From when on the user may not log in.
+    #[schema(format = DateTime)]
+    expires_at: Option<String>,
+    /// Groups.
+    groups: Vec<String>,
+    /// Limits.
+    limits: UserLimits,
+    /// For the admins.
+    comment: String,
+    /// When it was made.
+    #[schema(format = DateTime)]
+    created_at: String,
+    /// When it was changed.
+    #[schema(format = DateTime)]
+    updated_at: String,
+}
+
+impl UserView {
+    fn new(user: user::Model, rates: Option<limit::Model>) -> Self {
+        let list = |text: &str| serde_json::from_str(text).unwrap_or_default();
+        let rates = rates.as_ref();
+        Self {
+            id: user.id.to_string(),
+            role: if user.role == "admin" { Role::Admin } else { Role::User },
+            status: if user.status == "active" { Status::Active } else { Status::Disabled },
+            proxy_access: user.proxy_access,
+            expires_at: user.expires_at.map(time_text),
+            groups: list(&user.groups),
+            limits: UserLimits {
+                up: rates.and_then(|rates| rates.up),
+                down: rates.and_then(|rates| rates.down),
+                burst: rates.and_then(|rates| rates.burst),
+                sessions: user.sessions,
+                new_sessions_per_second: user.new_sessions_per_second,
+                devices: user.devices,
+                source_addresses: list(&user.source_addresses),
+                egress_address: user.egress_address,
+                quota_bytes: user.quota_bytes,
+                quota_period: user.quota_period.as_deref().and_then(Period::of),
+            },
+            comment: user.comment,
+            created_at: time_text(user.created_at),
+            updated_at: time_text(user.updated_at),
+            name: user.name,
+        }
+    }
+
+    /// A user with the rates of its own.
+    pub(super) async fn load(app: &App, user: user::Model) -> Result<Self> {
+        let rates = rates_of(app.store.db(), &[user.id]).await?.remove(&user.id);
+        Ok(Self::new(user, rates))
+    }
+}
+
+async fn rates_of(
+    db: &impl ConnectionTrait,
+    users: &[i64],
+) -> std::result::Result<HashMap<i64, limit::Model>, sea_orm::DbErr> {
+    let subjects = users.iter().map(ToString::to_string);
+    let rates = limit::Entity::find()
+        .filter(limit::Column::Kind.eq("user"))
+        .filter(limit::Column::Subject.is_in(subjects))
+        .all(db)
+        .await?;
+    let numbered = |rate: limit::Model| Some((rate.subject.parse().ok()?, rate));
+    Ok(rates.into_iter().filter_map(numbered).collect())
+}
+
+/// Which users.
+#[derive(Debug, Deserialize, IntoParams)]
+#[into_params(parameter_in = Query)]
+struct Which {
+    /// A part of the name.
+    q: Option<String>,
+    /// Only these.
+    status: Option<Status>,
+    /// Only these.
+    role: Option<Role>,
+    /// `id`, `name` or `created_at`; with `-` in front, backwards.
+    sort: Option<String>,
+}
+
+/// All users.
+#[utoipa::path(get, path = "/users", tag = "users", params(Paging, Which),
+    responses((status = 200, body = Page<UserView>), (status = 400, body = Problem), (status = 401, body = Problem),
+        (status = 403, body = Problem), (status = 503, body = Problem)))]
+async fn list(
+    State(app): State<App>,
+    _: Admin,
+    Params(paging): Params<Paging>,
+    Params(which): Params<Which>,
+) -> Result<Json<Page<UserView>>> {
+    let (size, skip) = paging.bounds()?;
+    let mut query = user::Entity::find();
+    if let Some(part) = &which.q {
+        query = query.filter(user::Column::Name.contains(part));
+    }
+    if let Some(status) = which.status {
+        query = query.filter(user::Column::Status.eq(name_of(&status)));
+    }
+    if let Some(role) = which.role {
+        query = query.filter(user::Column::Role.eq(name_of(&role)));
+    }
+    let total = query.clone().count(app.store.db()).await?;
+    let sort = which.sort.as_deref().unwrap_or("id");
+    let column = match sort.trim_start_matches('-') {
+        "id" => user::Column::Id,
+        "name" => user::Column::Name,
+        "created_at" => user::Column::CreatedAt,
+        _ => {
+            let text = "sort is id, name or created_at, with - in front for backwards";
+            return Err(Problem::new(StatusCode::BAD_REQUEST, text));
+        }
+    };
+    let order = if sort.starts_with('-') { sea_orm::Order::Desc } else { sea_orm::Order::Asc };
+    let rows = query.order_by(column, order).limit(size).offset(skip).all(app.store.db()).await?;
+    let ids: Vec<i64> = rows.iter().map(|user| user.id).collect();
+    let mut rates = rates_of(app.store.db(), &ids).await?;
+    let view = |user: user::Model| {
+        let rates = rates.remove(&user.id);
+        UserView::new(user, rates)
+    };
+    let items = rows.into_iter().map(view).collect();
+    Ok(Json(Page::new(items, total, &paging)))
+}
+
+/// A new user.
+#[derive(Debug, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+struct NewUser {
+    /// 1 to 255 bytes without control characters.
+    #[schema(min_length = 1, max_length = 255, pattern = "^[^\\x00-\\x1f\\x7f]+$")]
+    name: String,
+    /// 8 to 72 bytes.
+    #[schema(min_length = 8, max_length = 72, format = Password)]
+    password: String,
+    /// Role.
+    #[serde(default)]
+    role: Role,
+    /// Status.
+    #[serde(default)]
+    status: Status,
+    /// May use the proxy; left out: users may, admins may not.
+    proxy_access: Option<bool>,
+    /// From when on the user may not log in.
+    #[schema(format = DateTime)]
+    expires_at: Option<String>,
+    /// Groups.
+    #[serde(default)]
+    #[schema(max_items = 64)]
+    groups: Vec<String>,
+    /// Limits.
+    #[serde(default)]
+    limits: UserLimits,
+    /// For the admins.
+    #[serde(default)]
+    #[schema(max_length = 1000)]
+    comment: String,
+}
+
+fn check_name(name: &str) -> Result<()> {
+    let fits = (1..=255).contains(&name.len()) && !name.chars().any(char::is_control);
+    if fits {
+        Ok(())
+    } else {
+        Err(Problem::invalid("name: 1 to 255 bytes without control characters"))
+    }
+}
+
+fn check_groups(groups: &[String]) -> Result<()> {
+    if groups.len() > 64 {
+        return Err(Problem::invalid("groups: at most 64"));
+    }
+    groups.iter().try_for_each(|group| check_name(group))
+}
+
+fn check_comment(comment: &str) -> Result<()> {
+    if comment.chars().count() <= 1000 {
+        Ok(())
+    } else {
+        Err(Problem::invalid("comment: at most 1000 characters"))
+    }
+}
+
+fn json(value: &impl Serialize) -> String {
+    serde_json::to_string(value).unwrap_or_default()
+}
+
+/// What the audit log has of a user.
+fn audited(user: &user::Model) -> serde_json::Value {
+    serde_json::json!({
+        "name": user.name, "role": user.role, "status": user.status, "proxy_access": user.proxy_access,
+        "expires_at": user.expires_at.map(time_text), "groups": user.groups, "sessions": user.sessions,
+        "new_sessions_per_second": user.new_sessions_per_second, "devices": user.devices,
+        "source_addresses": user.source_addresses, "egress_address": user.egress_address,
+        "quota_bytes": user.quota_bytes, "quota_period": user.quota_period, "comment": user.comment,
+    })
+}
+
+fn apply_limits(row: &mut user::ActiveModel, limits: &UserLimits) {
+    row.sessions = Set(limits.sessions);
+    row.new_sessions_per_second = Set(limits.new_sessions_per_second);
+    row.devices = Set(limits.devices);
+    row.source_addresses = Set(json(&limits.source_addresses));
+    row.egress_address = Set(limits.egress_address.clone());
+    row.quota_bytes = Set(limits.quota_bytes);
+    let period = limits.quota_bytes.and(limits.quota_period.or(Some(Period::Month)));
+    row.quota_period = Set(period.map(|period| period.name().to_owned()));
+}
+
+/// Writes a user's own rates to their table.
+async fn set_rates(
+    db: &DatabaseTransaction,
+    user: i64,
+    limits: &UserLimits,
+) -> std::result::Result<(), sea_orm::DbErr> {
+    limit::Entity::delete_many()
+        .filter(limit::Column::Kind.eq("user"))
+        .filter(limit::Column::Subject.eq(user.to_string()))
+        .exec(db)
+        .await?;
+    if limits.up.is_none() && limits.down.is_none() && limits.burst.is_none() {
+        return Ok(());
+    }
+    let row = limit::ActiveModel {
+        kind: Set("user".into()),
+        subject: Set(user.to_string()),
+        up: Set(limits.up),
+        down: Set(limits.down),
+        burst: Set(limits.burst),
+        updated_at: Set(now()),
+        ..Default::default()
+    };
+    limit::Entity::insert(row).exec_without_returning(db).await?;
+    Ok(())
+}
+
+/// Make a user, who may use the proxy at once.
+#[utoipa::path(post, path = "/users", tag = "users", request_body = NewUser,
+    responses((status = 201, body = UserView), (status = 400, body = Problem), (status = 401, body = Problem), (status = 403, body = Problem),
+        (status = 409, body = Problem), (status = 415, body = Problem), (status = 422, body = Problem), (status = 503, body = Problem)))]
+async fn create(
+    State(app): State<App>,
+    Admin(caller): Admin,
+    Body(new): Body<NewUser>,
+) -> Result<(StatusCode, Json<UserView>)> {
+    check_name(&new.name)?;
+    check_groups(&new.groups)?;
+    check_comment(&new.comment)?;
+    new.limits.check()?;
+    check_password(&new.password).map_err(Problem::invalid)?;
+    let expires_at = new.expires_at.as_deref().map(time_of).transpose()?;
+    let hash = hash_password(new.password).await.ok_or_else(no_hash)?;
+    let edit = app.store.edit(caller.actor()).await?;
+    let db = edit.db();
+    let mut row = user::ActiveModel {
+        name: Set(new.name.clone()),
+        password_hash: Set(hash.clone()),
+        role: Set(name_of(&new.role)),
+        status: Set(name_of(&new.status)),
+        proxy_access: Set(new.proxy_access.unwrap_or(new.role == Role::User)),
+        expires_at: Set(expires_at),
+        groups: Set(json(&new.groups)),
+        comment: Set(new.comment.clone()),
+        token_epoch: Set(1),
+        totp_secret: Set(None),
+        created_at: Set(now()),
+        updated_at: Set(now()),
+        ..Default::default()
+    };
+    apply_limits(&mut row, &new.limits);
+    let user = row.insert(db).await.map_err(|error| match Problem::from(error) {
+        problem if problem.status == 409 => {
+            Problem::new(StatusCode::CONFLICT, "there is a user of that name")
+        }
+        problem => problem,
+    })?;
+    set_rates(db, user.id, &new.limits).await?;
+    let change = Change::new("user.create", &user.name);
+    let change = change.new_value(&audited(&user)).user(user.id);
+    edit.commit(change).await?;
+
+    Ok((StatusCode::CREATED, Json(UserView::load(&app, user).await?)))
+}
+
+async fn find(db: &impl ConnectionTrait, id: i64) -> Result<user::Model> {
+    user::Entity::find_by_id(id).one(db).await?.ok_or_else(|| Problem::missing("user"))
+}
+
+/// One user; others than admins see only themselves.
+#[utoipa::path(get, path = "/users/{id}", tag = "users", params(("id" = String, Path)),
+    responses((status = 200, body = UserView), (status = 401, body = Problem), (status = 403, body = Problem),
+        (status = 404, body = Problem), (status = 503, body = Problem)))]
+async fn show(State(app): State<App>, caller: Caller, Id(id): Id) -> Result<Json<UserView>> {
+    own(&caller, id)?;
+    let user = find(app.store.db(), id).await?;
+    Ok(Json(UserView::load(&app, user).await?))
+}
+
+fn own(caller: &Caller, id: i64) -> Result<()> {
+    if caller.is_admin() || caller.user.id == id { Ok(()) } else { Err(Problem::forbidden()) }
+}
+
+/// What is left out stays; null takes a value away.
+#[derive(Debug, Default, Deserialize, ToSchema)]
+#[serde(default, deny_unknown_fields)]
+struct UserPatch {
+    /// Role.
+    role: Option<Role>,
+    /// Status.
+    status: Option<Status>,
+    /// May use the proxy.
+    proxy_access: Option<bool>,
+    /// From when on the user may not log in; null is never.
+    #[serde(deserialize_with = "given")]
+    #[schema(format = DateTime, value_type = Option<String>)]
+    expires_at: Option<Option<String>>,
+    /// Groups.
+    #[schema(max_items = 64)]
+    groups: Option<Vec<String>>,
+    /// Limits, all together.
+    limits: Option<UserLimits>,
+    /// For the admins.
+    #[schema(max_length = 1000)]
+    comment: Option<String>,
+}
+
+/// Tells null from nothing.
+fn given<'de, D: Deserializer<'de>>(
+    deserializer: D,
+) -> std::result::Result<Option<Option<String>>, D::Error> {
+    Option::deserialize(deserializer).map(Some)
+}
+
+/// Change a user; live sessions that are not allowed any more end within a second.
+#[utoipa::path(patch, path = "/users/{id}", tag = "users", params(("id" = String, Path)), request_body = UserPatch,
+    responses((status = 200, body = UserView), (status = 400, body = Problem), (status = 401, body = Problem), (status = 403, body = Problem),
+        (status = 404, body = Problem), (status = 409, body = Problem), (status = 415, body = Problem), (status = 422, body = Problem), (status = 503, body = Problem)))]
+async fn update(
+    State(app): State<App>,
+    Admin(caller): Admin,
+    Id(id): Id,
+    Body(patch): Body<UserPatch>,
+) -> Result<Json<UserView>> {
+    patch.groups.as_deref().map(check_groups).transpose()?;
+    patch.comment.as_deref().map(check_comment).transpose()?;
+    patch.limits.as_ref().map(UserLimits::check).transpose()?;
+    let expires_at = match &patch.expires_at {
+        Some(Some(text)) => Some(Some(time_of(text)?)),
+        Some(None) => Some(None),
+        None => None,
+    };
+    let edit = app.store.edit(caller.actor()).await?;
+    let db = edit.db();
+    let old = find(db, id).await?;
+    let mut row = old.clone().into_active_model();
+    if let Some(role) = patch.role {
+        row.role = Set(name_of(&role));
+    }
+    if let Some(status) = patch.status {
+        row.status = Set(name_of(&status));
+    }
+    if let Some(access) = patch.proxy_access {
+        row.proxy_access = Set(access);
+    }
+    if let Some(expires_at) = expires_at {
+        row.expires_at = Set(expires_at);
+    }
+    if let Some(groups) = &patch.groups {
+        row.groups = Set(json(groups));
+    }
+    if let Some(comment) = &patch.comment {
+        row.comment = Set(comment.clone());
+    }
+    if let Some(limits) = &patch.limits {
+        apply_limits(&mut row, limits);
+        set_rates(db, id, limits).await?;
+    }
+    row.updated_at = Set(now());
+    let user = row.update(db).await?;
+    keep_an_admin(db).await?;
+    let change = Change::new("user.update", &user.name).old(&audited(&old));
+    let change = change.new_value(&audited(&user)).user(user.id);
+    edit.commit(change).await?;
+
+    Ok(Json(UserView::load(&app, user).await?))
+}
+
+/// Somebody must be able to log in.
+async fn keep_an_admin(db: &DatabaseTransaction) -> Result<()> {
+    let admins = user::Entity::find()
+        .filter(user::Column::Role.eq("admin"))
+        .filter(user::Column::Status.eq("active"))
+        .filter(
+            sea_orm::Condition::any()
+                .add(user::Column::ExpiresAt.is_null())
+                .add(user::Column::ExpiresAt.gt(now())),
+        )
+        .count(db)
+        .await?;
+    if admins == 0 {
+        let detail = "this would leave no admin who can log in";
+        return Err(Problem::new(StatusCode::CONFLICT, detail));
+    }
+    Ok(())
+}
+
+/// Delete a user; live sessions end within a second.
+#[utoipa::path(delete, path = "/users/{id}", tag = "users", params(("id" = String, Path)),
+    responses((status = 204), (status = 401, body = Problem), (status = 403, body = Problem), (status = 404, body = Problem),
+        (status = 409, body = Problem), (status = 503, body = Problem)))]
+async fn remove(State(app): State<App>, Admin(caller): Admin, Id(id): Id) -> Result<StatusCode> {
+    let edit = app.store.edit(caller.actor()).await?;
+    let db = edit.db();
+    let old = find(db, id).await?;
+    user::Entity::delete_by_id(id).exec(db).await?;
+    set_rates(db, id, &UserLimits::default()).await?;
+    refresh::Entity::delete_many().filter(refresh::Column::UserId.eq(id)).exec(db).await?;
+    keep_an_admin(db).await?;
+    edit.commit(Change::new("user.delete", &old.name).old(&audited(&old)).user(id)).await?;
+
+    Ok(StatusCode::NO_CONTENT)
+}
+
+/// A new password.
+#[derive(Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+struct NewPassword {
+    /// 8 to 72 bytes.
+    #[schema(min_length = 8, max_length = 72, format = Password)]
+    password: String,
+}
+
+/// Set a user's password; live sessions end within a second and tokens are void.
+#[utoipa::path(post, path = "/users/{id}/password", tag = "users", params(("id" = String, Path)), request_body = NewPassword,
+    responses((status = 204), (status = 400, body = Problem), (status = 401, body = Problem), (status = 403, body = Problem),
+        (status = 404, body = Problem), (status = 415, body = Problem), (status = 422, body = Problem), (status = 503, body = Problem)))]
+async fn password(
+    State(app): State<App>,
+    Admin(caller): Admin,
+    Id(id): Id,
+    Body(new): Body<NewPassword>,
+) -> Result<StatusCode> {
+    check_password(&new.password).map_err(Problem::invalid)?;
+    let hash = hash_password(new.password).await.ok_or_else(no_hash)?;
+    let edit = app.store.edit(caller.actor()).await?;
+    let change = edit_password(edit.db(), id, &hash).await?;
+    edit.commit(change).await?;
+    Ok(StatusCode::NO_CONTENT)
+}
+
+/// Puts another hash in place; tokens of before are void.
+pub(crate) async fn edit_password(db: &DatabaseTransaction, id: i64, hash: &str) -> Result<Change> {
+    let old = find(db, id).await?;
+    let mut row = old.clone().into_active_model();
+    row.password_hash = Set(hash.to_owned());
+    row.token_epoch = Set(old.token_epoch + 1);
+    row.updated_at = Set(now());
+    row.update(db).await?;
+    refresh::Entity::delete_many().filter(refresh::Column::UserId.eq(id)).exec(db).await?;
+    Ok(Change::new("user.password", &old.name).user(id))
+}
+
+/// What a user has moved.
+#[derive(Debug, Serialize, ToSchema)]
+struct UsageView {
+    /// Bytes to targets since ever.
+    up: i64,
+    /// Bytes to the client since ever.
+    down: i64,
+    /// Both, in the present period of the quota.
+    used: i64,
+    /// The quota, if there is one.
+    quota_bytes: Option<i64>,
+    /// When the period began.
+    #[schema(format = DateTime)]
+    period_started: Option<String>,
+}
+
+/// A user's traffic; others than admins see only their own.
+#[utoipa::path(get, path = "/users/{id}/usage", tag = "users", params(("id" = String, Path)),
+    responses((status = 200, body = UsageView), (status = 401, body = Problem), (status = 403, body = Problem),
+        (status = 404, body = Problem), (status = 503, body = Problem)))]
+async fn usage_of(State(app): State<App>, caller: Caller, Id(id): Id) -> Result<Json<UsageView>> {
+    own(&caller, id)?;
+    let db = app.store.db();
+    let user = find(db, id).await?;
+    let all = usage::Entity::find_by_id((id, 0)).one(db).await?;
+    let period = crate::usage::period_start(user.quota_period.as_deref(), now());
+    let used = match period {
+        0 => all.clone(),
+        start => usage::Entity::find_by_id((id, start)).one(db).await?,
+    };
+    Ok(Json(UsageView {
+        up: all.as_ref().map_or(0, |row| row.up),
+        down: all.as_ref().map_or(0, |row| row.down),
+        used: used.map_or(0, |row| row.up + row.down),
+        quota_bytes: user.quota_bytes,
+        period_started: (period > 0).then(|| time_text(period)),
+    }))
+}
+
+/// Begin a user's quota period anew.
+#[utoipa::path(post, path = "/users/{id}/usage/reset", tag = "users", params(("id" = String, Path)),
+    responses((status = 204), (status = 401, body = Problem), (status = 403, body = Problem), (status = 404, body = Problem), (status = 503, body = Problem)))]
+async fn reset(State(app): State<App>, Admin(caller): Admin, Id(id): Id) -> Result<StatusCode> {
+    let edit = app.store.edit(caller.actor()).await?;
+    let db = edit.db();
+    let user = find(db, id).await?;
+    let start = crate::usage::period_start(user.quota_period.as_deref(), now());
+    let used = usage::Entity::find_by_id((id, start)).one(db).await?;
+    usage::Entity::delete_by_id((id, start)).exec(db).await?;
+    let old = used.map_or((0, 0), |row| (row.up, row.down));
+    edit.commit(Change::new("user.usage_reset", &user.name).old(&old).user(id)).await?;
+
+    Ok(StatusCode::NO_CONTENT)
+}

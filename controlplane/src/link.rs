@@ -1,0 +1,456 @@
+//! The control link's server: nodes connect, follow the policy, and report.
+
+use std::{
+    io,
+    path::{Path, PathBuf},
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering::Relaxed},
+    },
+    time::Duration,
+};
+
+use culvert_api::link::{self, Decoder, Down, Up, command, down, encode, up};
+use sea_orm::{
+    ActiveModelTrait, ColumnTrait, DbErr, EntityTrait, IntoActiveModel, QueryFilter, QueryOrder,
+    Set, TransactionTrait,
+};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::{UnixListener, UnixStream},
+    sync::watch,
+    time::{Instant, timeout},
+};
+
+use crate::{
+    publish,
+    store::{
+        Actor, Change, ROWS, Store, again,
+        entity::{command as asked, heartbeat, node, session},
+        now,
+    },
+    usage,
+};
+
+/// A node says hello within this time.
+const HELLO: Duration = Duration::from_secs(5);
+/// A node that is silent so long is gone; it sends a heartbeat every 5 s.
+const SILENT: Duration = Duration::from_secs(20);
+/// A node takes what it is sent within this time.
+const SEND: Duration = Duration::from_secs(30);
+/// How often commands of other control planes are looked for.
+const LOOK: Duration = Duration::from_millis(500);
+/// Edits that come closer together are sent as one.
+const COALESCE: Duration = Duration::from_millis(100);
+/// How long the database may be away before a node is let go, to come back.
+const PATIENCE: Duration = Duration::from_secs(2);
+
+/// The nodes that are connected here.
+pub struct Hub {
+    store: Store,
+    look: watch::Sender<u64>,
+    connected: AtomicUsize,
+}
+
+/// Why a node is let go.
+#[derive(Debug, thiserror::Error)]
+enum Gone {
+    #[error("{0}")]
+    Io(#[from] io::Error),
+    #[error("{0}")]
+    Frame(#[from] link::FrameError),
+    #[error("the database failed: {0}")]
+    Database(#[from] DbErr),
+    #[error("{0}")]
+    Refused(String),
+}
+
+impl Hub {
+    /// A hub for a database.
+    pub fn new(store: Store) -> Arc<Self> {
+        Arc::new(Self { store, look: watch::Sender::new(0), connected: AtomicUsize::new(0) })
+    }
+
+    /// Has the nodes' sessions look for commands now.
+    pub fn look(&self) {
+        self.look.send_modify(|count| *count += 1);
+    }
+
+    /// How many nodes are connected here.
+    pub fn connected(&self) -> usize {
+        self.connected.load(Relaxed)
+    }
+
+    /// Listens on a Unix socket, whose clients' user ids must be among `allow_uids` (or our own). A
+    /// node that comes this way is enrolled by coming.
+    ///
+    /// # Errors
+    /// The socket cannot be bound.
+    pub fn listen(self: &Arc<Self>, path: &Path, allow_uids: Vec<u32>) -> anyhow::Result<()> {
+        let listener = bind(path)?;
+        // Who made the socket is who we are.
+        let own = std::fs::metadata(path).map(|meta| std::os::unix::fs::MetadataExt::uid(&meta))?;
+        let hub = self.clone();
+        tokio::spawn(async move {
+            loop {
+                let Ok((stream, _)) = listener.accept().await else {
+                    tokio::time::sleep(COALESCE).await;
+                    continue;
+                };
+                let uid = stream.peer_cred().map(|peer| peer.uid()).unwrap_or(u32::MAX);
+                if uid != own && uid != 0 && !allow_uids.contains(&uid) {
+                    tracing::warn!(uid, "a client of the link's socket is not in link.allow_uids");
+                    continue;
+                }
+                let hub = hub.clone();
+                tokio::spawn(async move { hub.serve(stream).await });
+            }
+        });
+        Ok(())
+    }
+
+    async fn serve(self: Arc<Self>, stream: UnixStream) {
+        let mut peer = Peer {
+            stream,
+            bytes: vec![0; 64 * 1024].into(),
+            decoder: Decoder::default(),
+            out: Vec::new(),
+        };
+        let node = match self.greet(&mut peer).await {
+            Ok(node) => node,
+            Err(gone) => {
+                tracing::warn!(%gone, "a node was not taken");
+                return;
+            }
+        };
+        self.connected.fetch_add(1, Relaxed);
+        tracing::info!(node = %node.row.name, boot = node.boot, "node connected");
+        let gone = self.follow(&mut peer, &node).await;
+        self.connected.fetch_sub(1, Relaxed);
+        if let Err(gone) = gone {
+            tracing::info!(node = %node.row.name, %gone, "node disconnected");
+        }
+        let _ = self.disconnected(&node).await;
+    }
+
+    async fn greet(&self, peer: &mut Peer) -> Result<Node, Gone> {
+        let first = timeout(HELLO, peer.receive()).await;
+        let Ok(Ok(Some(up::Body::Hello(hello)))) = first else {
+            return Err(Gone::Refused("it did not say hello".into()));
+        };
+        let refusal = if hello.version_min > link::VERSION || hello.version < link::VERSION_MIN {
+            format!(
+                "it speaks versions {} to {} of the link, we {} to {}; upgrade the older one",
+                hello.version_min,
+                hello.version,
+                link::VERSION_MIN,
+                link::VERSION
+            )
+        } else {
+            String::new()
+        };
+        let found = node::Entity::find().filter(node::Column::Name.eq(&hello.node));
+        let row = match found.one(self.store.db()).await? {
+            Some(row) => row,
+            None => self.enrol(&hello.node).await?,
+        };
+        let refusal = match row.status.as_str() {
+            "active" => refusal,
+            _ => format!("node {} was revoked; give it another name", row.name),
+        };
+        let welcome =
+            link::Welcome { version: hello.version.min(link::VERSION), refusal: refusal.clone() };
+        peer.send(down::Body::Welcome(welcome)).await?;
+        if !refusal.is_empty() {
+            return Err(Gone::Refused(refusal));
+        }
+        let mut change = row.clone().into_active_model();
+        change.boot = Set(hello.boot.cast_signed());
+        change.version = Set(hello.program.clone());
+        change.connected = Set(true);
+        change.seen_at = Set(Some(now()));
+        change.generation = Set(hello.generation.cast_signed());
+        change.update(self.store.db()).await?;
+        Ok(Node { row, boot: hello.boot, generation: hello.generation })
+    }
+
+    async fn enrol(&self, name: &str) -> Result<node::Model, Gone> {
+        let actor = Actor { name: "link".into(), address: String::new() };
+        let edit = self.store.edit(actor).await?;
+        let row = crate::http::new_node(name).insert(edit.db()).await?;
+        edit.commit(Change::new("node.add", name)).await?;
+        Ok(row)
+    }
+
+    /// Serves a node until it is gone.
+    async fn follow(&self, peer: &mut Peer, node: &Node) -> Result<(), Gone> {
+        let mut changed = self.store.watch();
+        let mut looked = self.look.subscribe();
+        let mut known = node.generation;
+        let mut last_command = self.last_command().await?;
+        let mut heard = Instant::now();
+        let mut due = Some(Instant::now());
+        let mut look = tokio::time::interval(LOOK);
+        look.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        loop {
+            tokio::select! {
+                received = peer.receive() => {
+                    heard = Instant::now();
+                    if let Some(body) = received? {
+                        self.heard(peer, node, body).await?;
+                    }
+                }
+                _ = changed.changed() => { due.get_or_insert(Instant::now() + COALESCE); }
+                () = sleep_until(due) => {
+                    due = None;
+                    known = self.send_changes(peer, known).await?;
+                }
+                _ = looked.changed() => { last_command = self.command(peer, node, last_command).await?; }
+                _ = look.tick() => {
+                    if heard.elapsed() > SILENT {
+                        return Err(Gone::Refused("silent for 20 s".into()));
+                    }
+                    last_command = self.command(peer, node, last_command).await?;
+                }
+            }
+        }
+    }
+
+    /// Brings a node from one generation to the present one.
+    async fn send_changes(&self, peer: &mut Peer, known: u64) -> Result<u64, Gone> {
+        let began = Instant::now();
+        loop {
+            let tried = async {
+                if known > 0
+                    && let Some(delta) = publish::delta(&self.store, known).await?
+                {
+                    return Ok((delta.generation, down::Body::Delta(delta)));
+                }
+                let snapshot = publish::snapshot(&self.store).await?;
+                Ok((snapshot.generation, down::Body::Snapshot(snapshot)))
+            };
+            match tried.await {
+                Ok((generation, body)) => {
+                    if generation != known {
+                        peer.send(body).await?;
+                    }
+                    return Ok(generation);
+                }
+                Err(error) if began.elapsed() > PATIENCE => return Err(Gone::Database(error)),
+                Err(_) => tokio::time::sleep(COALESCE).await,
+            }
+        }
+    }
+
+    async fn heard(&self, peer: &mut Peer, node: &Node, body: up::Body) -> Result<(), Gone> {
+        match body {
+            up::Body::Hello(_) => return Err(Gone::Refused("a second hello".into())),
+            up::Body::Applied(applied) => {
+                self.told(node, applied.generation, String::new()).await?;
+            }
+            up::Body::Refused(refused) => {
+                let reasons = refused.reasons.join("; ");
+                tracing::warn!(node = %node.row.name, generation = refused.generation, %reasons, "a node refuses the policy");
+                self.told(node, 0, reasons).await?;
+            }
+            up::Body::Heartbeat(beat) => self.beat(node, &beat).await?,
+            up::Body::Report(report) => {
+                let spent = usage::apply(&self.store, node.row.id, &report).await?;
+                if !spent.is_empty() {
+                    self.spent(&spent).await?;
+                }
+                let ack = link::ReportAck { boot: report.boot, sequence: report.sequence };
+                peer.send(down::Body::ReportAck(ack)).await?;
+            }
+            up::Body::Records(records) => {
+                let sequence = usage::store_records(&self.store, node.row.id, &records).await?;
+                let ack = link::RecordAck { boot: records.boot, sequence };
+                peer.send(down::Body::RecordAck(ack)).await?;
+            }
+            up::Body::Live(live) => self.live(node, &live).await?,
+            up::Body::LeaseRequest(_) => {}
+        }
+        Ok(())
+    }
+
+    async fn told(&self, node: &Node, generation: u64, refusal: String) -> Result<(), DbErr> {
+        let mut row = node::Entity::update_many()
+            .col_expr(node::Column::Refusal, refusal.into())
+            .filter(node::Column::Id.eq(node.row.id));
+        if generation > 0 {
+            row = row.col_expr(node::Column::Generation, generation.cast_signed().into());
+        }
+        row.exec(self.store.db()).await.map(drop)
+    }
+
+    async fn beat(&self, node: &Node, beat: &link::Heartbeat) -> Result<(), DbErr> {
+        let at = now();
+        let row = heartbeat::ActiveModel {
+            node_id: Set(node.row.id),
+            at: Set(at),
+            sessions: Set(beat.sessions.cast_signed()),
+            cpu_us: Set(beat.cpu_us.cast_signed()),
+            memory: Set(beat.memory.cast_signed()),
+            up: Set(beat.up.cast_signed()),
+            down: Set(beat.down.cast_signed()),
+            ready: Set(beat.ready),
+            uptime: Set(beat.uptime.cast_signed()),
+        };
+        heartbeat::Entity::insert(row).exec_without_returning(self.store.db()).await?;
+        node::Entity::update_many()
+            .col_expr(node::Column::SeenAt, at.into())
+            .col_expr(node::Column::Connected, true.into())
+            .filter(node::Column::Id.eq(node.row.id))
+            .exec(self.store.db())
+            .await?;
+        Ok(())
+    }
+
+    /// Users whose quota is spent: a new generation that says so.
+    async fn spent(&self, users: &[i64]) -> Result<(), DbErr> {
+        let actor = Actor { name: "quota".into(), address: String::new() };
+        let change = Change::new("user.quota_spent", format!("{users:?}"));
+        let edit = self.store.edit(actor).await?;
+        edit.commit(change.users(users.iter().copied())).await
+    }
+
+    /// Puts a node's sessions in place of those it had before.
+    async fn live(&self, node: &Node, live: &link::Live) -> Result<(), DbErr> {
+        let id = node.row.id;
+        let mut attempt = 0;
+        loop {
+            let tried = async {
+                let db = self.store.db().begin().await?;
+                let old = session::Entity::delete_many();
+                old.filter(session::Column::NodeId.eq(id)).exec(&db).await?;
+                for part in live.sessions.chunks(ROWS) {
+                    let rows = part.iter().map(|live| session::ActiveModel {
+                        node_id: Set(id),
+                        session: Set(live.id.cast_signed()),
+                        user_id: Set(live.user.cast_signed()),
+                        body: Set(String::from_utf8_lossy(&live.json).into_owned()),
+                    });
+                    session::Entity::insert_many(rows).exec_without_returning(&db).await?;
+                }
+                db.commit().await
+            };
+            match tried.await {
+                Ok(()) => return Ok(()),
+                Err(error) => again(error, &mut attempt).await?,
+            }
+        }
+    }
+
+    async fn last_command(&self) -> Result<i64, DbErr> {
+        let last = asked::Entity::find().order_by_desc(asked::Column::Id).one(self.store.db());
+        Ok(last.await?.map_or(0, |row| row.id))
+    }
+
+    /// Passes on what is asked of a node since the last time.
+    async fn command(&self, peer: &mut Peer, node: &Node, last: i64) -> Result<i64, Gone> {
+        let rows = asked::Entity::find()
+            .filter(asked::Column::Id.gt(last))
+            .filter(asked::Column::NodeId.is_in([0, node.row.id]))
+            .order_by_asc(asked::Column::Id)
+            .all(self.store.db())
+            .await;
+        // The database may be away for a moment; commands wait.
+        let Ok(rows) = rows else { return Ok(last) };
+        let mut last = last;
+        for row in rows {
+            last = row.id;
+            let argument = row.argument.cast_unsigned();
+            let kind = match row.kind.as_str() {
+                "end_session" => command::Kind::EndSession(argument),
+                "end_user" => command::Kind::EndUser(argument),
+                _ => command::Kind::Drain(true),
+            };
+            peer.send(down::Body::Command(link::Command { kind: Some(kind) })).await?;
+        }
+        let status = node::Entity::find_by_id(node.row.id).one(self.store.db()).await;
+        if let Ok(Some(row)) = status
+            && row.status != "active"
+        {
+            return Err(Gone::Refused("it was revoked".into()));
+        }
+        Ok(last)
+    }
+
+    async fn disconnected(&self, node: &Node) -> Result<(), DbErr> {
+        let gone = node::Entity::update_many()
+            .col_expr(node::Column::Connected, false.into())
+            .filter(node::Column::Id.eq(node.row.id))
+            .filter(node::Column::Boot.eq(node.boot.cast_signed()));
+        gone.exec(self.store.db()).await?;
+        let sessions = session::Entity::delete_many();
+        sessions.filter(session::Column::NodeId.eq(node.row.id)).exec(self.store.db()).await?;
+        Ok(())
+    }
+}
+
+async fn sleep_until(time: Option<Instant>) {
+    match time {
+        Some(time) => tokio::time::sleep_until(time).await,
+        None => std::future::pending().await,
+    }
+}
+
+fn bind(path: &Path) -> anyhow::Result<UnixListener> {
+    use std::os::unix::fs::PermissionsExt;
+    if let Some(folder) = path.parent() {
+        std::fs::create_dir_all(folder)?;
+    }
+    // A socket of an earlier run; one that is served says so.
+    if std::os::unix::net::UnixStream::connect(path).is_ok() {
+        anyhow::bail!("{}: another control plane listens there", path.display());
+    }
+    let _ = std::fs::remove_file(path);
+    let listener = UnixListener::bind(path)
+        .map_err(|error| anyhow::anyhow!("{}: {error}; set link.unix", path.display()))?;
+    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o660))?;
+    Ok(listener)
+}
+
+/// The default place of the socket in a state directory.
+pub fn socket_path(state_dir: &Path) -> PathBuf {
+    state_dir.join("control.sock")
+}
+
+struct Node {
+    row: node::Model,
+    boot: u64,
+    /// The generation of its copy.
+    generation: u64,
+}
+
+struct Peer {
+    stream: UnixStream,
+    bytes: Box<[u8]>,
+    decoder: Decoder,
+    out: Vec<u8>,
+}
+
+impl Peer {
+    /// The next message; `None` is one of a later version. May be dropped: nothing is lost.
+    async fn receive(&mut self) -> Result<Option<up::Body>, Gone> {
+        loop {
+            if let Some(message) = self.decoder.take::<Up>()? {
+                return Ok(message.body);
+            }
+            let received = self.stream.read(&mut self.bytes).await?;
+            if received == 0 {
+                return Err(io::Error::from(io::ErrorKind::UnexpectedEof).into());
+            }
+            self.decoder.push(&self.bytes[..received]);
+        }
+    }
+
+    async fn send(&mut self, body: down::Body) -> Result<(), Gone> {
+        self.out.clear();
+        encode(&Down { body: Some(body) }, &mut self.out);
+        match timeout(SEND, self.stream.write_all(&self.out)).await {
+            Ok(sent) => Ok(sent?),
+            Err(_) => Err(Gone::Refused("it takes nothing for 30 s".into())),
+        }
+    }
+}

@@ -1,0 +1,222 @@
+//! From the database to what nodes follow: whole snapshots, and what changed since a generation.
+
+use std::collections::{BTreeSet, HashMap};
+
+use culvert_api::{link, policy::Policy};
+use sea_orm::{
+    ColumnTrait, ConnectionTrait, DbErr, EntityTrait, QueryFilter, QueryOrder, QuerySelect,
+    TransactionTrait,
+};
+
+use crate::{
+    http::Problem,
+    store::{
+        Store,
+        entity::{bandwidth_limit, change, rule, url_filter, usage, user, whitelist},
+        now,
+    },
+    usage::period_start,
+};
+
+/// Changed users beyond which a whole snapshot is sent.
+const DELTA_MAX: usize = 20_000;
+/// Users read by one query.
+const PART: usize = 5_000;
+
+/// Says at once what a node would say of a policy.
+///
+/// # Errors
+/// 422 with the first problem.
+pub fn check(policy: &Policy) -> Result<(), Problem> {
+    match policy.check().into_iter().next() {
+        None => Ok(()),
+        Some(problem) => Err(Problem::invalid(problem.to_string())),
+    }
+}
+
+/// The members of a group; everybody without a name.
+///
+/// # Errors
+/// The database fails.
+pub async fn members(db: &impl ConnectionTrait, group: &str) -> Result<Vec<i64>, DbErr> {
+    let users = user::Entity::find()
+        .select_only()
+        .column(user::Column::Id)
+        .column(user::Column::Groups)
+        .into_tuple::<(i64, String)>()
+        .all(db)
+        .await?;
+    let belongs = |(id, groups): (i64, String)| {
+        let groups: Vec<String> = serde_json::from_str(&groups).unwrap_or_default();
+        (group.is_empty() || groups.iter().any(|name| name == group)).then_some(id)
+    };
+    Ok(users.into_iter().filter_map(belongs).collect())
+}
+
+/// A whole snapshot.
+///
+/// # Errors
+/// The database fails.
+pub async fn snapshot(store: &Store) -> Result<link::Snapshot, DbErr> {
+    let db = store.db().begin().await?;
+    let generation = generation(&db).await?;
+    let policy = policy(&db).await?;
+    let rates = Rates::load(&db).await?;
+    let mut users = Vec::new();
+    let mut after = 0;
+    loop {
+        let part = user::Entity::find()
+            .filter(user::Column::Id.gt(after))
+            .order_by_asc(user::Column::Id)
+            .limit(PART as u64)
+            .all(&db)
+            .await?;
+        let Some(last) = part.last() else { break };
+        after = last.id;
+        users.extend(of_nodes(&db, &rates, part).await?);
+    }
+    db.commit().await?;
+    Ok(link::Snapshot { generation, policy, users })
+}
+
+/// What changed since a generation; `None` when a whole snapshot is the shorter way.
+///
+/// # Errors
+/// The database fails.
+pub async fn delta(store: &Store, base: u64) -> Result<Option<link::Delta>, DbErr> {
+    let db = store.db().begin().await?;
+    let generation = generation(&db).await?;
+    let changes = change::Entity::find()
+        .filter(change::Column::Generation.gt(base.cast_signed()))
+        .limit(2 * DELTA_MAX as u64)
+        .all(&db)
+        .await?;
+    let oldest =
+        change::Entity::find().order_by_asc(change::Column::Generation).limit(1).one(&db).await?;
+    // Changes are kept for a while only.
+    let known = oldest.is_some_and(|oldest| oldest.generation.cast_unsigned() <= base + 1);
+    let ids: BTreeSet<i64> = changes.iter().map(|change| change.user_id).collect();
+    if (!known && generation != base) || ids.len() > DELTA_MAX || generation < base {
+        return Ok(None);
+    }
+    let policy = if ids.contains(&0) { policy(&db).await? } else { Vec::new() };
+    let ids: Vec<i64> = ids.into_iter().filter(|id| *id > 0).collect();
+    let rates = Rates::load(&db).await?;
+    let (mut upserts, mut deletes) = (Vec::new(), Vec::new());
+    for part in ids.chunks(PART) {
+        let rows = user::Entity::find().filter(user::Column::Id.is_in(part.iter().copied()));
+        let rows = rows.all(&db).await?;
+        let there: BTreeSet<i64> = rows.iter().map(|row| row.id).collect();
+        deletes.extend(part.iter().filter(|id| !there.contains(id)).map(|id| id.cast_unsigned()));
+        upserts.extend(of_nodes(&db, &rates, rows).await?);
+    }
+    db.commit().await?;
+    Ok(Some(link::Delta { base, generation, policy, upserts, deletes }))
+}
+
+async fn generation(db: &impl ConnectionTrait) -> Result<u64, DbErr> {
+    let head = crate::store::entity::head::Entity::find().one(db).await?;
+    Ok(head.map_or(0, |head| head.generation.cast_unsigned()))
+}
+
+/// The policy without its users, as JSON.
+async fn policy(db: &impl ConnectionTrait) -> Result<Vec<u8>, DbErr> {
+    let mut policy = Policy::default();
+    crate::http::settings_of(db).await?.apply(&mut policy);
+    let filters = url_filter::Entity::find().filter(url_filter::Column::Enabled.eq(true));
+    let filters = filters.order_by_asc(url_filter::Column::Id).all(db).await?;
+    policy.filter = filters.iter().filter_map(|row| crate::http::filter_of(row).ok()).collect();
+    let rules = rule::Entity::find().filter(rule::Column::Enabled.eq(true));
+    let rules = rules.order_by_asc(rule::Column::Position).order_by_asc(rule::Column::Id);
+    let rules = rules.all(db).await?;
+    policy.rule = rules.iter().filter_map(|row| crate::http::rule_of(row).ok()).collect();
+    let clients = whitelist::Entity::find().all(db).await?;
+    let clients: Vec<_> = clients.iter().filter_map(|row| row.cidr.parse().ok()).collect();
+    policy.whitelist = (!clients.is_empty()).then_some(clients);
+    Ok(serde_json::to_vec(&policy).unwrap_or_default())
+}
+
+/// All rates.
+struct Rates(HashMap<(String, String), bandwidth_limit::Model>);
+
+impl Rates {
+    async fn load(db: &impl ConnectionTrait) -> Result<Self, DbErr> {
+        let rows = bandwidth_limit::Entity::find().all(db).await?;
+        Ok(Self(
+            rows.into_iter().map(|row| ((row.kind.clone(), row.subject.clone()), row)).collect(),
+        ))
+    }
+
+    fn get(&self, kind: &str, subject: &str) -> Option<&bandwidth_limit::Model> {
+        self.0.get(&(kind.to_owned(), subject.to_owned()))
+    }
+
+    /// A user's own, else the highest of the groups', else the default.
+    fn of(&self, user: i64, groups: &[String]) -> [Option<u64>; 3] {
+        let own = self.get("user", &user.to_string());
+        let of_groups = || {
+            let rows: Vec<_> = groups.iter().filter_map(|name| self.get("group", name)).collect();
+            let most = |of: fn(&bandwidth_limit::Model) -> Option<i64>| {
+                // No limit is the highest.
+                let values: Option<Vec<i64>> = rows.iter().map(|row| of(row)).collect();
+                values.and_then(|values| values.into_iter().max())
+            };
+            (!rows.is_empty())
+                .then(|| [most(|row| row.up), most(|row| row.down), most(|row| row.burst)])
+        };
+        let own = own.map(|row| [row.up, row.down, row.burst]);
+        let default = || self.get("default", "").map(|row| [row.up, row.down, row.burst]);
+        let rates = own.or_else(of_groups).or_else(default).unwrap_or_default();
+        rates.map(|rate| rate.map(i64::cast_unsigned))
+    }
+}
+
+/// Users as nodes know them. Those whose quota is spent may not log in.
+async fn of_nodes(
+    db: &impl ConnectionTrait,
+    rates: &Rates,
+    rows: Vec<user::Model>,
+) -> Result<Vec<link::User>, DbErr> {
+    let now = now();
+    let metered: Vec<i64> =
+        rows.iter().filter(|row| row.quota_bytes.is_some()).map(|row| row.id).collect();
+    let used: HashMap<(i64, i64), i64> = if metered.is_empty() {
+        HashMap::new()
+    } else {
+        usage::Entity::find()
+            .filter(usage::Column::UserId.is_in(metered))
+            .all(db)
+            .await?
+            .into_iter()
+            .map(|row| ((row.user_id, row.period), row.up + row.down))
+            .collect()
+    };
+    let of_node = |row: user::Model| {
+        let groups: Vec<String> = serde_json::from_str(&row.groups).unwrap_or_default();
+        let [up, down, burst] = rates.of(row.id, &groups);
+        let period = period_start(row.quota_period.as_deref(), now);
+        let spent = row
+            .quota_bytes
+            .is_some_and(|quota| used.get(&(row.id, period)).is_some_and(|used| *used >= quota));
+        let small =
+            |value: Option<i64>| value.map(|value| u32::try_from(value).unwrap_or(u32::MAX));
+        link::User {
+            id: row.id.cast_unsigned(),
+            disabled: row.status != "active" || !row.proxy_access || spent,
+            expires: row.expires_at.map(|at| at.div_euclid(1_000_000)),
+            name: row.name,
+            password_hash: row.password_hash,
+            groups,
+            up,
+            down,
+            burst,
+            sessions: small(row.sessions),
+            new_sessions_per_second: small(row.new_sessions_per_second),
+            devices: small(row.devices),
+            source_addresses: serde_json::from_str(&row.source_addresses).unwrap_or_default(),
+            egress_address: row.egress_address.unwrap_or_default(),
+            metered: row.quota_bytes.is_some(),
+        }
+    };
+    Ok(rows.into_iter().map(of_node).collect())
+}

@@ -1,0 +1,327 @@
+//! The database: SQLite or MySQL/MariaDB behind the same entities.
+//!
+//! Every change of anything goes through [`Store::edit`]: one transaction that changes rows, counts the
+//! generation up if nodes are to know, and writes the audit log.
+
+pub mod entity;
+mod schema;
+
+use std::{
+    path::Path,
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
+
+use sea_orm::{
+    ConnectOptions, ConnectionTrait, Database, DatabaseBackend, DatabaseConnection,
+    DatabaseTransaction, DbErr, EntityTrait, Set, Statement, TransactionTrait,
+    sea_query::OnConflict,
+};
+use sea_orm_migration::MigratorTrait;
+use serde::Serialize;
+use tokio::sync::watch;
+
+/// Tries of a transaction that met another's lock.
+const TRIES: u32 = 8;
+/// The only row of `head`.
+const HEAD: i64 = 1;
+
+/// A database and who waits for its changes.
+#[derive(Clone)]
+pub struct Store {
+    db: DatabaseConnection,
+    changed: watch::Sender<i64>,
+}
+
+/// Who changes something, from where.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Actor {
+    /// A user's name, or a word for the command line.
+    pub name: String,
+    /// The client's address; empty for the command line.
+    pub address: String,
+}
+
+/// What an edit is to leave in the audit log, and which nodes are to know of it.
+#[derive(Debug, Default)]
+pub struct Change {
+    action: &'static str,
+    subject: String,
+    old: String,
+    new: String,
+    users: Vec<i64>,
+    policy: bool,
+}
+
+impl Change {
+    /// A change of something, by its action (`user.update`) and what it was done to.
+    pub fn new(action: &'static str, subject: impl ToString) -> Self {
+        Self { action, subject: subject.to_string(), ..Self::default() }
+    }
+
+    /// How it was.
+    #[must_use]
+    pub fn old(mut self, old: &impl Serialize) -> Self {
+        self.old = serde_json::to_string(old).unwrap_or_default();
+        self
+    }
+
+    /// How it is.
+    #[must_use]
+    pub fn new_value(mut self, new: &impl Serialize) -> Self {
+        self.new = serde_json::to_string(new).unwrap_or_default();
+        self
+    }
+
+    /// Nodes are to know a user anew.
+    #[must_use]
+    pub fn user(mut self, id: i64) -> Self {
+        self.users.push(id);
+        self
+    }
+
+    /// The same of several.
+    #[must_use]
+    pub fn users(mut self, ids: impl IntoIterator<Item = i64>) -> Self {
+        self.users.extend(ids);
+        self
+    }
+
+    /// Nodes are to know the policy anew.
+    #[must_use]
+    pub fn policy(mut self) -> Self {
+        self.policy = true;
+        self
+    }
+}
+
+/// Microseconds since 1970.
+pub fn now() -> i64 {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    i64::try_from(since.as_micros()).unwrap_or(i64::MAX)
+}
+
+/// Where SQLite's file lies in a state directory.
+pub fn sqlite_url(state_dir: &Path) -> String {
+    format!("sqlite://{}?mode=rwc", state_dir.join("culvert.db").display())
+}
+
+impl Store {
+    /// Connects to `sqlite://…` or `mysql://…`.
+    ///
+    /// # Errors
+    /// The database cannot be reached.
+    pub async fn connect(url: &str, pool: u32) -> Result<Self, DbErr> {
+        let mut options = ConnectOptions::new(url);
+        options
+            .max_connections(if url.starts_with("sqlite:") { 4 } else { pool })
+            .acquire_timeout(Duration::from_secs(3))
+            .connect_timeout(Duration::from_secs(3))
+            .sqlx_logging(false);
+        if url.starts_with("sqlite:") {
+            // Acknowledged means on the disk.
+            options.map_sqlx_sqlite_opts(|options| {
+                options
+                    .journal_mode(sea_orm::sqlx::sqlite::SqliteJournalMode::Wal)
+                    .synchronous(sea_orm::sqlx::sqlite::SqliteSynchronous::Full)
+                    .foreign_keys(true)
+                    .busy_timeout(Duration::from_secs(3))
+            });
+        }
+        let db = Database::connect(options).await?;
+        Ok(Self { db, changed: watch::Sender::new(0) })
+    }
+
+    /// Brings the schema up to date; may be run again.
+    ///
+    /// # Errors
+    /// The database fails.
+    pub async fn migrate(&self) -> Result<(), DbErr> {
+        schema::Migrator::up(&self.db, None).await?;
+        let head = entity::head::ActiveModel { id: Set(HEAD), generation: Set(1) };
+        entity::head::Entity::insert(head)
+            .on_conflict(OnConflict::column(entity::head::Column::Id).do_nothing().to_owned())
+            .exec_without_returning(&self.db)
+            .await?;
+        self.changed.send_replace(self.generation().await?);
+        Ok(())
+    }
+
+    /// For reading.
+    pub fn db(&self) -> &DatabaseConnection {
+        &self.db
+    }
+
+    /// The name of the database's kind.
+    pub fn backend(&self) -> &'static str {
+        match self.db.get_database_backend() {
+            DatabaseBackend::Sqlite => "sqlite",
+            _ => "mysql",
+        }
+    }
+
+    /// The generation that nodes should have.
+    ///
+    /// # Errors
+    /// The database fails.
+    pub async fn generation(&self) -> Result<i64, DbErr> {
+        let head = entity::head::Entity::find_by_id(HEAD).one(&self.db).await?;
+        Ok(head.map_or(0, |head| head.generation))
+    }
+
+    /// Tells of new generations made by this process, and of what [`Store::look`] finds.
+    pub fn watch(&self) -> watch::Receiver<i64> {
+        self.changed.subscribe()
+    }
+
+    /// Looks whether another control plane made a generation.
+    ///
+    /// # Errors
+    /// The database fails.
+    pub async fn look(&self) -> Result<(), DbErr> {
+        let generation = self.generation().await?;
+        self.announce(generation);
+        Ok(())
+    }
+
+    fn announce(&self, generation: i64) {
+        self.changed.send_if_modified(|known| {
+            let newer = generation > *known;
+            *known = generation.max(*known);
+            newer
+        });
+    }
+
+    /// Begins an edit. It holds the head row's lock, so that edits happen one after the other and
+    /// generations are in the order of commits.
+    ///
+    /// # Errors
+    /// The database failed, or others held the lock for too long.
+    pub async fn edit(&self, actor: Actor) -> Result<Edit<'_>, DbErr> {
+        let lock = format!("UPDATE head SET generation = generation WHERE id = {HEAD}");
+        let mut attempt = 0;
+        loop {
+            let tried = async {
+                let transaction = self.db.begin().await?;
+                self.run(&transaction, lock.clone()).await?;
+                Ok(transaction)
+            };
+            match tried.await {
+                Ok(transaction) => return Ok(Edit { store: self, transaction, actor }),
+                Err(error) => again(error, &mut attempt).await?,
+            }
+        }
+    }
+
+    async fn run(&self, db: &DatabaseTransaction, sql: String) -> Result<(), DbErr> {
+        let backend = self.db.get_database_backend();
+        db.execute_raw(Statement::from_string(backend, sql)).await.map(drop)
+    }
+}
+
+/// An edit under way; dropped, it has not happened.
+pub struct Edit<'a> {
+    store: &'a Store,
+    transaction: DatabaseTransaction,
+    actor: Actor,
+}
+
+impl Edit<'_> {
+    /// For reading and writing.
+    pub fn db(&self) -> &DatabaseTransaction {
+        &self.transaction
+    }
+
+    /// Counts the generation up if nodes are to know, writes the audit log, and commits.
+    ///
+    /// # Errors
+    /// The database failed; nothing has changed then.
+    pub async fn commit(self, change: Change) -> Result<(), DbErr> {
+        let (store, db) = (self.store, self.transaction);
+        let mut generation = None;
+        if change.policy || !change.users.is_empty() {
+            let count = format!("UPDATE head SET generation = generation + 1 WHERE id = {HEAD}");
+            store.run(&db, count).await?;
+            let head = entity::head::Entity::find_by_id(HEAD).one(&db).await?;
+            let next = head.map_or(1, |head| head.generation);
+            let policy = change.policy.then_some(0);
+            let changed = change.users.iter().copied().chain(policy);
+            let rows: Vec<_> = changed
+                .map(|user_id| entity::change::ActiveModel {
+                    generation: Set(next),
+                    user_id: Set(user_id),
+                })
+                .collect();
+            for part in rows.chunks(ROWS) {
+                entity::change::Entity::insert_many(part.iter().cloned())
+                    .exec_without_returning(&db)
+                    .await?;
+            }
+            generation = Some(next);
+        }
+        let audit = entity::audit::ActiveModel {
+            at: Set(now()),
+            actor: Set(self.actor.name),
+            address: Set(self.actor.address),
+            action: Set(change.action.to_owned()),
+            subject: Set(change.subject),
+            old: Set(change.old),
+            new: Set(change.new),
+            ..Default::default()
+        };
+        entity::audit::Entity::insert(audit).exec_without_returning(&db).await?;
+        db.commit().await?;
+        if let Some(generation) = generation {
+            store.announce(generation);
+        }
+        Ok(())
+    }
+}
+
+/// After an error of a transaction: waits a little if another's lock was in the way, and passes the
+/// error on if it was not, or too often.
+///
+/// # Errors
+/// The error.
+pub async fn again(error: DbErr, attempt: &mut u32) -> Result<(), DbErr> {
+    *attempt += 1;
+    if *attempt >= TRIES || !is_contention(&error) {
+        return Err(error);
+    }
+    tokio::time::sleep(Duration::from_millis(5 << *attempt)).await;
+    Ok(())
+}
+
+/// Rows of one INSERT: SQLite takes 32,766 values in one statement.
+pub const ROWS: usize = 500;
+
+/// Whether another transaction was in the way: deadlock (1213), lock wait (1205), SQLITE_BUSY (5).
+fn is_contention(error: &DbErr) -> bool {
+    let text = error.to_string();
+    ["1213", "1205", "database is locked", "database table is locked", "(code: 5)"]
+        .iter()
+        .any(|sign| text.contains(sign))
+}
+
+/// Whether the database could not be asked at all, or takes no changes now.
+pub fn is_away(error: &DbErr) -> bool {
+    let text = error.to_string();
+    matches!(error, DbErr::Conn(_) | DbErr::ConnectionAcquire(_))
+        || is_contention(error)
+        || [
+            "1290",
+            "1836",
+            "readonly",
+            "read-only",
+            "disk is full",
+            "disk I/O",
+            "Io(",
+            "error communicating",
+        ]
+        .iter()
+        .any(|sign| text.contains(sign))
+}
+
+/// Whether a unique index said no.
+pub fn is_duplicate(error: &DbErr) -> bool {
+    matches!(error.sql_err(), Some(sea_orm::SqlErr::UniqueConstraintViolation(_)))
+}

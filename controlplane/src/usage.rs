@@ -1,0 +1,242 @@
+//! What users have moved: quota periods, and reports applied exactly once.
+
+use std::collections::HashMap;
+
+use culvert_api::link;
+use sea_orm::{
+    ColumnTrait, ConnectionTrait, DatabaseBackend, DatabaseTransaction, DbErr, EntityTrait,
+    QueryFilter, Set, Statement, TransactionTrait, sea_query::OnConflict,
+};
+use time::{Duration, OffsetDateTime};
+
+use crate::store::{
+    ROWS, Store, again,
+    entity::{access_log, node_usage, report, usage, user},
+    now,
+};
+
+const SECOND: i64 = 1_000_000;
+
+/// When the present period of a quota began (microseconds since 1970, UTC); 0 is since ever.
+pub fn period_start(period: Option<&str>, now: i64) -> i64 {
+    let Ok(time) = OffsetDateTime::from_unix_timestamp(now / SECOND) else { return 0 };
+    let midnight = time.replace_time(time::Time::MIDNIGHT);
+    let start = match period {
+        Some("day") => midnight,
+        Some("week") => {
+            midnight - Duration::days(i64::from(time.weekday().number_days_from_monday()))
+        }
+        Some("month") => midnight.replace_day(1).unwrap_or(midnight),
+        _ => return 0,
+    };
+    start.unix_timestamp() * SECOND
+}
+
+/// Applies a report; one that was applied before changes nothing. Returns users whose quota it spent.
+///
+/// # Errors
+/// The database failed; nothing was applied then.
+pub async fn apply(store: &Store, node: i64, said: &link::Report) -> Result<Vec<i64>, DbErr> {
+    let mut attempt = 0;
+    loop {
+        let tried = async {
+            let db = store.db().begin().await?;
+            let spent = apply_once(&db, node, said).await?;
+            db.commit().await?;
+            Ok(spent)
+        };
+        match tried.await {
+            Ok(spent) => return Ok(spent),
+            Err(error) => again(error, &mut attempt).await?,
+        }
+    }
+}
+
+async fn apply_once(
+    db: &DatabaseTransaction,
+    node: i64,
+    said: &link::Report,
+) -> Result<Vec<i64>, DbErr> {
+    let (boot, sequence) = (said.boot.cast_signed(), said.sequence.cast_signed());
+    let key = (node, boot);
+    let known = report::Entity::find_by_id(key).one(db).await?;
+    if known.as_ref().is_some_and(|known| known.sequence >= sequence) {
+        return Ok(Vec::new());
+    }
+    let row = report::ActiveModel {
+        node_id: Set(node),
+        boot: Set(boot),
+        sequence: Set(sequence),
+        records: Set(known.as_ref().map_or(0, |known| known.records)),
+        uncertain: Set(said.uncertain.cast_signed()),
+    };
+    let over = OnConflict::columns([report::Column::NodeId, report::Column::Boot])
+        .update_columns([report::Column::Sequence, report::Column::Uncertain])
+        .to_owned();
+    report::Entity::insert(row).on_conflict(over).exec_without_returning(db).await?;
+
+    // In one order, so that two control planes do not wait for each other in a circle.
+    let mut users = said.users.clone();
+    users.sort_by_key(|usage| usage.user);
+    let mut spent = Vec::new();
+    for part in users.chunks(ROWS) {
+        spent.extend(apply_part(db, key, part).await?);
+    }
+    Ok(spent)
+}
+
+async fn apply_part(
+    db: &DatabaseTransaction,
+    (node, boot): (i64, i64),
+    part: &[link::Usage],
+) -> Result<Vec<i64>, DbErr> {
+    let ids: Vec<i64> = part.iter().map(|usage| usage.user.cast_signed()).collect();
+    let before: HashMap<i64, (i64, i64)> = node_usage::Entity::find()
+        .filter(node_usage::Column::NodeId.eq(node))
+        .filter(node_usage::Column::Boot.eq(boot))
+        .filter(node_usage::Column::UserId.is_in(ids.iter().copied()))
+        .all(db)
+        .await?
+        .into_iter()
+        .map(|row| (row.user_id, (row.up, row.down)))
+        .collect();
+    let quotas: HashMap<i64, (i64, i64)> = user::Entity::find()
+        .filter(user::Column::Id.is_in(ids))
+        .filter(user::Column::QuotaBytes.is_not_null())
+        .all(db)
+        .await?
+        .into_iter()
+        .filter_map(|user| {
+            let start = period_start(user.quota_period.as_deref(), now());
+            Some((user.id, (start, user.quota_bytes?)))
+        })
+        .collect();
+    let minute = now() / (60 * SECOND) * (60 * SECOND);
+    let (mut sums, mut minutes, mut periods) = (Vec::new(), Vec::new(), Vec::new());
+    for usage in part {
+        let id = usage.user.cast_signed();
+        let (up, down) = (usage.up.cast_signed(), usage.down.cast_signed());
+        let (up_before, down_before) = before.get(&id).copied().unwrap_or_default();
+        // Sums of a boot only grow.
+        let (more_up, more_down) = ((up - up_before).max(0), (down - down_before).max(0));
+        if more_up == 0 && more_down == 0 {
+            continue;
+        }
+        sums.push([node, boot, id, more_up, more_down]);
+        minutes.push([minute, id, node, more_up, more_down]);
+        periods.push([id, 0, more_up, more_down]);
+        if let Some((start, _)) = quotas.get(&id).filter(|(start, _)| *start > 0) {
+            periods.push([id, *start, more_up, more_down]);
+        }
+    }
+    add(db, "node_usage", "node_id, boot, user_id", &sums).await?;
+    add(db, "traffic_logs", "at, user_id, node_id", &minutes).await?;
+    add(db, "user_usage", "user_id, period", &periods).await?;
+    let mut spent = Vec::new();
+    for (id, (start, quota)) in quotas {
+        let used = usage::Entity::find_by_id((id, start)).one(db).await?;
+        if used.is_some_and(|row| row.up + row.down >= quota) {
+            spent.push(id);
+        }
+    }
+    Ok(spent)
+}
+
+/// Adds bytes to rows, making those that are missing. All values are numbers.
+async fn add<const N: usize>(
+    db: &DatabaseTransaction,
+    table: &str,
+    key: &str,
+    rows: &[[i64; N]],
+) -> Result<(), DbErr> {
+    if rows.is_empty() {
+        return Ok(());
+    }
+    let row = |row: &[i64; N]| {
+        let values: Vec<String> = row.iter().map(ToString::to_string).collect();
+        format!("({})", values.join(","))
+    };
+    let values: Vec<String> = rows.iter().map(row).collect();
+    let backend = db.get_database_backend();
+    let over = match backend {
+        DatabaseBackend::MySql => {
+            "ON DUPLICATE KEY UPDATE up = up + VALUES(up), down = down + VALUES(down)".to_owned()
+        }
+        _ => format!(
+            "ON CONFLICT ({key}) DO UPDATE SET up = up + excluded.up, down = down + excluded.down"
+        ),
+    };
+    let sql = format!("INSERT INTO {table} ({key}, up, down) VALUES {} {over}", values.join(","));
+    db.execute_raw(Statement::from_string(backend, sql)).await?;
+    Ok(())
+}
+
+/// Stores records; those that are there already change nothing. Returns the last sequence.
+///
+/// # Errors
+/// The database failed; nothing was stored then.
+pub async fn store_records(store: &Store, node: i64, said: &link::Records) -> Result<u64, DbErr> {
+    let boot = said.boot.cast_signed();
+    let rows: Vec<access_log::ActiveModel> =
+        said.records.iter().filter_map(|record| row_of(node, boot, record)).collect();
+    let key = [access_log::Column::NodeId, access_log::Column::Boot, access_log::Column::Sequence];
+    for part in rows.chunks(ROWS) {
+        // Each part by itself: what is there already is passed over when they come again.
+        let mut attempt = 0;
+        loop {
+            let over = OnConflict::columns(key).do_nothing_on(key).to_owned();
+            let insert = access_log::Entity::insert_many(part.iter().cloned()).on_conflict(over);
+            match insert.exec_without_returning(store.db()).await {
+                Ok(_) => break,
+                Err(error) => again(error, &mut attempt).await?,
+            }
+        }
+    }
+    Ok(said.records.iter().map(|record| record.sequence).max().unwrap_or(0))
+}
+
+fn row_of(node: i64, boot: i64, record: &link::Record) -> Option<access_log::ActiveModel> {
+    let body: serde_json::Value = serde_json::from_slice(&record.json).ok()?;
+    let text = |key: &str, length: usize| -> String {
+        body[key].as_str().unwrap_or_default().chars().take(length).collect()
+    };
+    let number = |key: &str| body[key].as_u64().unwrap_or(0).cast_signed();
+    let at = OffsetDateTime::parse(
+        body["time"].as_str().unwrap_or_default(),
+        &time::format_description::well_known::Rfc3339,
+    );
+    Some(access_log::ActiveModel {
+        node_id: Set(node),
+        boot: Set(boot),
+        sequence: Set(record.sequence.cast_signed()),
+        at: Set(at.map_or_else(
+            |_| now(),
+            |at| i64::try_from(at.unix_timestamp_nanos() / 1000).unwrap_or_default(),
+        )),
+        user_id: Set(record.user.cast_signed()),
+        user_name: Set(text("user", 255)),
+        client: Set(text("client", 64)),
+        target: Set(text("target", 300)),
+        ended: Set(text("end", 32)),
+        bytes_up: Set(number("bytes_up")),
+        bytes_down: Set(number("bytes_down")),
+        body: Set(String::from_utf8_lossy(&record.json).into_owned()),
+        ..Default::default()
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn periods_begin_at_midnight_monday_and_the_first() {
+        // Saturday, 2026-11-21 15:01:14 UTC.
+        let now = 1_795_273_274 * SECOND;
+        let day = |period| period_start(Some(period), now) / SECOND;
+        assert_eq!(day("day"), 1_795_219_200);
+        assert_eq!(day("week"), 1_795_219_200 - 5 * 86_400);
+        assert_eq!(day("month"), 1_795_219_200 - 20 * 86_400);
+        assert_eq!((day("total"), period_start(None, now)), (0, 0));
+    }
+}

@@ -1,0 +1,148 @@
+//! What nodes count is what the database has.
+
+use std::{
+    io::{Read, Write},
+    net::{Shutdown, SocketAddr},
+    thread,
+    time::Duration,
+};
+
+use serde_json::{Value, json};
+
+use crate::support::{Node, await_some, echo, on_each, pause};
+
+/// Moves bytes there and back in a session that ends in order; gives the bytes both ways.
+fn transfer(node: &Node, user: &str, target: SocketAddr, bytes: usize) -> u64 {
+    let mut stream = node.tunnel(user, target).unwrap();
+    let mut writer = stream.try_clone().unwrap();
+    let sender = thread::spawn(move || {
+        writer.write_all(&vec![7; bytes]).unwrap();
+        writer.shutdown(Shutdown::Write).unwrap();
+    });
+    let mut received = Vec::new();
+    stream.read_to_end(&mut received).unwrap();
+    sender.join().unwrap();
+    assert_eq!(received.len(), bytes);
+    2 * bytes as u64
+}
+
+/// RELIABILITY D1: nothing lost and nothing twice, whichever plane is killed while nothing moves.
+#[test]
+fn every_byte_is_counted_once_whatever_is_killed() {
+    on_each(|mut planes| {
+        let target = echo();
+        let mut node = planes.node("edge");
+        let id = planes.user("ann", json!({}));
+        await_some("tunnel", || node.tunnel("ann", target).ok());
+        let (mut moved, mut sessions) = (0, 1);
+        for round in 0..6u64 {
+            for size in [1, 1000, 300_000] {
+                moved += transfer(&node, "ann", target, size + round as usize);
+                sessions += 1;
+            }
+            match round % 3 {
+                0 => {
+                    planes.control.kill();
+                    moved += transfer(&node, "ann", target, 4321);
+                    sessions += 1;
+                    planes.restart_control();
+                }
+                1 => {
+                    // Both: what was not reported is in the ledger's file, its records in the spool.
+                    planes.control.kill();
+                    moved += transfer(&node, "ann", target, 1234);
+                    sessions += 1;
+                    let records = || {
+                        let files = std::fs::read_dir(&node.dir).unwrap().flatten();
+                        let names = files.filter(|file| {
+                            file.file_name().to_string_lossy().starts_with("records-")
+                        });
+                        names.map(|file| file.metadata().unwrap().len()).sum::<u64>()
+                    };
+                    await_some("record in the spool", || (records() > 0).then_some(()));
+                    node.program.kill();
+                    planes.restart_control();
+                    planes.again(&mut node);
+                }
+                _ => {
+                    node.program.terminate();
+                    planes.again(&mut node);
+                }
+            }
+        }
+        await_some(&format!("{moved} bytes"), || (planes.used(&id) >= moved).then_some(()));
+        // What comes twice would come by now.
+        pause(Duration::from_millis(1500));
+        assert_eq!(planes.used(&id), moved);
+        let path = format!("/logs/access?user_id={id}&page_size=500");
+        let logs = planes.must("GET", &path, Value::Null);
+        assert_eq!(logs["total"], sessions);
+        let of_logs = logs["items"].as_array().unwrap().iter();
+        let of_logs: u64 = of_logs
+            .map(|log| log["bytes_up"].as_u64().unwrap() + log["bytes_down"].as_u64().unwrap())
+            .sum();
+        assert_eq!(of_logs, moved);
+    });
+}
+
+/// RELIABILITY D2: a killed node's running sessions are billed what was done, and no more than was
+/// received and was on its way.
+#[test]
+fn a_killed_nodes_running_sessions_are_in_the_bracket() {
+    on_each(|planes| {
+        let target = echo();
+        let mut node = planes.node("edge");
+        let id = planes.user("ann", json!({}));
+        await_some("tunnel", || node.tunnel("ann", target).ok());
+        for _ in 0..3 {
+            let before = planes.used(&id);
+            let mut stream = node.tunnel("ann", target).unwrap();
+            let mut writer = stream.try_clone().unwrap();
+            let sender = thread::spawn(move || {
+                let mut sent = 0u64;
+                while let Ok(bytes) = writer.write(&[7; 64 * 1024]) {
+                    sent += bytes as u64;
+                }
+                sent
+            });
+            let mut buffer = vec![0; 64 * 1024];
+            let mut received = 0u64;
+            while received < 20_000_000 {
+                received += stream.read(&mut buffer).unwrap() as u64;
+            }
+            node.program.kill();
+            // What had left the node still comes.
+            while let Ok(bytes) = stream.read(&mut buffer)
+                && bytes > 0
+            {
+                received += bytes as u64;
+            }
+            let sent = sender.join().unwrap();
+            planes.again(&mut node);
+            let least = before + 2 * received.min(20_000_000);
+            await_some("recovery", || (planes.used(&id) >= least).then_some(()));
+            pause(Duration::from_millis(1500));
+            let used = planes.used(&id) - before;
+            // One splice or buffer each way is what may have been on its way.
+            assert!(used <= sent + received + (2 << 20), "{used} of {sent} and {received}");
+        }
+    });
+}
+
+#[test]
+fn a_spent_quota_ends_the_users_sessions_and_a_reset_gives_it_back() {
+    on_each(|planes| {
+        let (node, target) = (planes.node("edge"), echo());
+        let limits = json!({ "quota_bytes": 1_000_000, "quota_period": "day" });
+        let id = planes.user("ann", json!({ "limits": limits }));
+        let mut idle = await_some("tunnel", || node.tunnel("ann", target).ok());
+        transfer(&node, "ann", target, 400_000);
+        transfer(&node, "ann", target, 400_000);
+        assert!(!matches!(idle.read(&mut [0]), Ok(1..)));
+        await_some("refusal", || node.tunnel("ann", target).err());
+        planes.must("POST", &format!("/users/{id}/usage/reset"), Value::Null);
+        await_some("tunnel", || node.tunnel("ann", target).ok());
+        let usage = planes.must("GET", &format!("/users/{id}/usage"), Value::Null);
+        assert_eq!((usage["used"].as_u64(), usage["up"].as_u64()), (Some(0), Some(800_000)));
+    });
+}

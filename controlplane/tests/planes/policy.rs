@@ -1,0 +1,136 @@
+//! What the API says is what nodes do.
+
+use std::{
+    io::Read,
+    net::TcpStream,
+    time::{Duration, Instant},
+};
+
+use serde_json::{Value, json};
+
+use crate::support::{PASSWORD, Planes, await_some, echo, on_each, ping};
+
+fn ends_within_a_second(stream: &mut TcpStream, began: Instant) {
+    let end = stream.read(&mut [0]);
+    assert!(end.as_ref().is_err() || matches!(end, Ok(0)), "{end:?}");
+    assert!(began.elapsed() < Duration::from_secs(1), "{:?}", began.elapsed());
+}
+
+/// RELIABILITY C7: within a second, and nobody else's.
+#[test]
+fn edits_reach_live_sessions_within_a_second() {
+    on_each(|planes| {
+        let (node, target) = (planes.node("edge"), echo());
+        let bob = planes.user("bob", json!({}));
+        let mut bobs = None;
+        type Edit = fn(&Planes, &str);
+        let edits: [(&str, Edit); 6] = [
+            ("disabled", |planes, id| {
+                planes.must("PATCH", &format!("/users/{id}"), json!({ "status": "disabled" }));
+            }),
+            ("deleted", |planes, id| {
+                planes.must("DELETE", &format!("/users/{id}"), Value::Null);
+            }),
+            ("renewed", |planes, id| {
+                let body = json!({ "password": "another secret" });
+                planes.must("POST", &format!("/users/{id}/password"), body);
+            }),
+            ("expired", |planes, id| {
+                let body = json!({ "expires_at": "2020-01-01T00:00:00Z" });
+                planes.must("PATCH", &format!("/users/{id}"), body);
+            }),
+            ("kicked", |planes, id| {
+                planes.must("DELETE", &format!("/online/users/{id}"), Value::Null);
+            }),
+            ("elsewhere", |planes, id| {
+                let body = json!({ "limits": { "source_addresses": ["10.0.0.0/8"] } });
+                planes.must("PATCH", &format!("/users/{id}"), body);
+            }),
+        ];
+        for (name, edit) in edits {
+            let began = Instant::now();
+            let id = planes.user(name, json!({}));
+            let mut stream = await_some("tunnel", || node.tunnel(name, target).ok());
+            assert!(began.elapsed() < Duration::from_secs(1), "{name}: {:?}", began.elapsed());
+            ping(&mut stream).unwrap();
+            let bobs = bobs.get_or_insert_with(|| node.tunnel("bob", target).unwrap());
+            let began = Instant::now();
+            edit(&planes, &id);
+            ends_within_a_second(&mut stream, began);
+            ping(bobs).unwrap();
+        }
+        planes.must("DELETE", &format!("/users/{bob}"), Value::Null);
+    });
+}
+
+#[test]
+fn filters_rules_and_the_whitelist_are_followed() {
+    on_each(|planes| {
+        let (node, target) = (planes.node("edge"), echo());
+        planes.user("ann", json!({ "groups": ["staff"] }));
+        await_some("tunnel", || node.tunnel("ann", target).ok());
+        let refused = || await_some("refusal", || node.tunnel("ann", target).err());
+        let allowed = || await_some("tunnel", || node.tunnel("ann", target).ok());
+
+        let body = json!({ "action": "deny", "kind": "cidr", "value": "127.0.0.0/8" });
+        let filter = planes.must("POST", "/filters", body);
+        assert_eq!(refused(), 2);
+        planes.must("DELETE", &format!("/filters/{}", filter["id"].as_str().unwrap()), Value::Null);
+        allowed();
+
+        let body = json!({ "name": "staff", "when": { "group": ["staff"] }, "action": "deny" });
+        let rule = planes.must("POST", "/rules", body);
+        assert_eq!(refused(), 2);
+        let open = planes.must("POST", "/rules", json!({ "name": "open", "action": "allow" }));
+        let ids = [open["id"].clone(), rule["id"].clone()];
+        planes.must("POST", "/rules/reorder", json!({ "ids": ids }));
+        allowed();
+
+        let entry = planes.must("POST", "/whitelist", json!({ "cidr": "10.0.0.0/8" }));
+        assert_eq!(refused(), 254);
+        planes.must(
+            "DELETE",
+            &format!("/whitelist/{}", entry["id"].as_str().unwrap()),
+            Value::Null,
+        );
+        allowed();
+    });
+}
+
+#[test]
+fn a_node_serves_from_its_copy_without_the_control_plane() {
+    on_each(|mut planes| {
+        let target = echo();
+        let mut node = planes.node("edge");
+        planes.user("ann", json!({}));
+        await_some("tunnel", || node.tunnel("ann", target).ok());
+        planes.control.kill();
+        node.program.kill();
+        planes.again(&mut node);
+        ping(&mut node.tunnel("ann", target).unwrap()).unwrap();
+
+        // One that never saw a policy opens to nobody.
+        let fresh = planes.node_alone("fresh");
+        assert_eq!(fresh.tunnel("ann", target).err(), Some(255));
+        planes.restart_control();
+        await_some("tunnel", || fresh.tunnel("ann", target).ok());
+        planes.user("bob", json!({}));
+        for node in [&node, &fresh] {
+            await_some("tunnel", || node.tunnel("bob", target).ok());
+        }
+    });
+}
+
+#[test]
+fn a_revoked_node_gets_nothing_more() {
+    on_each(|planes| {
+        let (node, target) = (planes.node("edge"), echo());
+        let nodes = planes.must("GET", "/proxy/nodes", Value::Null);
+        assert_eq!(nodes["items"][0]["name"], "edge");
+        let id = nodes["items"][0]["id"].as_str().unwrap().to_owned();
+        planes.must("DELETE", &format!("/proxy/nodes/{id}"), Value::Null);
+        node.program.await_line("was revoked");
+        planes.user("ann", json!({}));
+        assert_eq!(node.tunnel_with("ann", PASSWORD, target).err(), Some(255));
+    });
+}

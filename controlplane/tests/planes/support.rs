@@ -1,0 +1,351 @@
+//! Running planes, an HTTP client and a SOCKS5 client, with what a test does not care about left out.
+
+use std::{
+    fs,
+    io::{BufRead, BufReader, Read, Write},
+    net::{Shutdown, SocketAddr, TcpListener, TcpStream},
+    path::{Path, PathBuf},
+    process::{Child, Command, Stdio},
+    sync::{
+        Mutex,
+        atomic::{AtomicUsize, Ordering::Relaxed},
+        mpsc::{self, Receiver},
+    },
+    thread,
+    time::{Duration, Instant},
+};
+
+use serde_json::{Value, json};
+
+/// Longer than anything a test waits for.
+pub const PATIENCE: Duration = Duration::from_secs(30);
+pub const PASSWORD: &str = "a secret of somebody";
+
+/// Lets time pass where there is no event to wait for.
+#[allow(clippy::disallowed_methods)]
+pub fn pause(time: Duration) {
+    thread::sleep(time);
+}
+
+/// Waits until there is something.
+pub fn await_some<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> T {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        if let Some(found) = look() {
+            return found;
+        }
+        assert!(Instant::now() < deadline, "no {what}");
+        pause(Duration::from_millis(10));
+    }
+}
+
+/// A program that runs; killed when dropped.
+pub struct Program {
+    child: Child,
+    lines: Mutex<Receiver<String>>,
+}
+
+impl Program {
+    fn start(path: &Path, arguments: &[&str]) -> Self {
+        let mut child = Command::new(path)
+            .args(arguments)
+            .stdin(Stdio::null())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let (sender, lines) = mpsc::channel();
+        let stderr = BufReader::new(child.stderr.take().unwrap());
+        thread::spawn(move || {
+            for line in stderr.lines().map_while(Result::ok) {
+                let _ = sender.send(line);
+            }
+        });
+        Self { child, lines: Mutex::new(lines) }
+    }
+
+    /// Waits for a line of the log; gives the address in it.
+    pub fn await_line(&self, part: &str) -> String {
+        let deadline = Instant::now() + PATIENCE;
+        let mut seen = Vec::new();
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            match self.lines.lock().unwrap().recv_timeout(left) {
+                Ok(line) if line.contains(part) => return line,
+                Ok(line) => seen.push(line),
+                Err(_) => panic!("no line with {part:?} in the log:\n{}", seen.join("\n")),
+            }
+        }
+    }
+
+    pub fn kill(&mut self) {
+        self.child.kill().unwrap();
+        self.child.wait().unwrap();
+    }
+
+    pub fn terminate(&mut self) {
+        let pid = self.child.id().to_string();
+        assert!(Command::new("kill").args(["-TERM", &pid]).status().unwrap().success());
+        await_some("end of the program", || self.child.try_wait().unwrap());
+    }
+}
+
+impl Drop for Program {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+fn address_of(line: &str) -> SocketAddr {
+    let (_, rest) = line.split_once("address=").unwrap();
+    rest.split_whitespace().next().unwrap().parse().unwrap()
+}
+
+/// A control plane and nodes that follow it.
+pub struct Planes {
+    pub folder: tempfile::TempDir,
+    pub control: Program,
+    pub api: SocketAddr,
+    pub token: String,
+    database: Option<String>,
+}
+
+/// A node.
+pub struct Node {
+    pub program: Program,
+    pub proxy: SocketAddr,
+    pub dir: PathBuf,
+    name: String,
+}
+
+/// Runs a test on every database there is.
+pub fn on_each(test: impl Fn(Planes)) {
+    test(Planes::start(None));
+    if let Ok(server) = std::env::var("TEST_MYSQL") {
+        static NUMBER: AtomicUsize = AtomicUsize::new(0);
+        let name = format!("t{}_{}", std::process::id(), NUMBER.fetch_add(1, Relaxed));
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        runtime.block_on(async {
+            use sea_orm::ConnectionTrait;
+            let db = sea_orm::Database::connect(&server).await.unwrap();
+            db.execute_unprepared(&format!("CREATE DATABASE {name}")).await.unwrap();
+        });
+        test(Planes::start(Some(server.replace("/culvert?", &format!("/{name}?")))));
+    }
+}
+
+impl Planes {
+    fn start(database: Option<String>) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let (control, api) = Self::start_control(folder.path(), database.as_deref());
+        let planes = Self { folder, control, api, token: String::new(), database };
+        let file = planes.folder.path().join("control/initial-admin");
+        let password = fs::read_to_string(file).unwrap();
+        let password = password.trim().split(' ').nth(1).unwrap().to_owned();
+        let token = planes.login("admin", &password).unwrap();
+        Self { token, ..planes }
+    }
+
+    fn start_control(folder: &Path, database: Option<&str>) -> (Program, SocketAddr) {
+        let config = folder.join("control.toml");
+        let url = database.map_or(String::new(), |url| format!("[database]\nurl = '{url}'\n"));
+        let dir = folder.join("control");
+        let text =
+            format!("[server]\nbind = '127.0.0.1:0'\n[state]\ndir = '{}'\n{url}", dir.display());
+        fs::write(&config, text).unwrap();
+        let program = Path::new(env!("CARGO_BIN_EXE_culvert-control"));
+        let control = Program::start(program, &["serve", "-c", config.to_str().unwrap()]);
+        let api = address_of(&control.await_line("listening"));
+        (control, api)
+    }
+
+    pub fn restart_control(&mut self) {
+        let (control, api) = Self::start_control(self.folder.path(), self.database.as_deref());
+        (self.control, self.api) = (control, api);
+    }
+
+    /// Starts a node that follows, and waits until it does.
+    pub fn node(&self, name: &str) -> Node {
+        let node = self.node_alone(name);
+        node.program.await_line("policy followed");
+        node
+    }
+
+    /// Starts a node whether or not there is somebody to follow.
+    pub fn node_alone(&self, name: &str) -> Node {
+        let dir = self.folder.path().join(name);
+        let config = self.folder.path().join(format!("{name}.toml"));
+        let text = format!(
+            "[node]\nname = '{name}'\nstate_dir = '{}'\n[[listener]]\nbind = '127.0.0.1:0'\n\
+             [admin]\nbind = 'none'\n[timeouts]\ndrain = '1s'\n\
+             [limits]\nsessions_per_address = 100000\nnew_sessions_per_second_per_address = 0\n\
+             [control]\nconnect = 'unix:{}'\n",
+            dir.display(),
+            self.folder.path().join("control/control.sock").display()
+        );
+        fs::write(&config, text).unwrap();
+        let control = Path::new(env!("CARGO_BIN_EXE_culvert-control"));
+        let path = control.with_file_name("culvert");
+        assert!(path.exists(), "build the data plane first: cargo build -p culvert");
+        let program = Program::start(&path, &["run", "-c", config.to_str().unwrap()]);
+        let proxy = address_of(&program.await_line("listening"));
+        Node { program, proxy, dir, name: name.to_owned() }
+    }
+
+    /// Starts a node again that has ended.
+    pub fn again(&self, node: &mut Node) {
+        *node = self.node_alone(&node.name.clone());
+    }
+
+    pub fn login(&self, user: &str, password: &str) -> Result<String, u16> {
+        let body = json!({ "username": user, "password": password });
+        let (status, answer) = self.ask_as("", "POST", "/auth/login", Some(&body));
+        match status {
+            200 => Ok(answer["access_token"].as_str().unwrap().to_owned()),
+            status => Err(status),
+        }
+    }
+
+    /// One request of the admin.
+    pub fn ask(&self, method: &str, path: &str, body: Option<&Value>) -> (u16, Value) {
+        self.ask_as(&self.token, method, path, body)
+    }
+
+    /// The same, which must succeed.
+    pub fn must(&self, method: &str, path: &str, body: Value) -> Value {
+        let body = (!body.is_null()).then_some(&body);
+        let (status, answer) = self.ask(method, path, body);
+        assert!((200..300).contains(&status), "{method} {path}: {status} {answer}");
+        answer
+    }
+
+    pub fn ask_as(
+        &self,
+        token: &str,
+        method: &str,
+        path: &str,
+        body: Option<&Value>,
+    ) -> (u16, Value) {
+        let path = format!("/api/v1{path}");
+        let (status, text) = self.raw(token, method, &path, body.map(Value::to_string).as_deref());
+        (status, serde_json::from_str(&text).unwrap_or(Value::String(text)))
+    }
+
+    pub fn raw(&self, token: &str, method: &str, path: &str, body: Option<&str>) -> (u16, String) {
+        let mut stream = TcpStream::connect(self.api).unwrap();
+        stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        let login = if token.is_empty() {
+            String::new()
+        } else {
+            format!("Authorization: Bearer {token}\r\n")
+        };
+        let body = body.map_or(String::new(), |body| {
+            format!(
+                "Content-Type: application/json\r\nContent-Length: {}\r\n\r\n{body}",
+                body.len()
+            )
+        });
+        let end = if body.is_empty() { "\r\n" } else { "" };
+        write!(
+            stream,
+            "{method} {path} HTTP/1.1\r\nHost: culvert\r\nConnection: close\r\n{login}{body}{end}"
+        )
+        .unwrap();
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).unwrap();
+        let (head, body) = answer.split_once("\r\n\r\n").unwrap();
+        let status = head.split(' ').nth(1).unwrap().parse().unwrap();
+        let chunked = head.to_ascii_lowercase().contains("transfer-encoding: chunked");
+        (status, if chunked { unchunk(body) } else { body.to_owned() })
+    }
+
+    /// Makes a user with the usual password, who may use the loopback; gives the number.
+    pub fn user(&self, name: &str, more: Value) -> String {
+        self.must("PATCH", "/settings", json!({ "allow_internal": ["127.0.0.0/8"] }));
+        let mut body = json!({ "name": name, "password": PASSWORD });
+        for (key, value) in more.as_object().into_iter().flatten() {
+            body[key] = value.clone();
+        }
+        self.must("POST", "/users", body)["id"].as_str().unwrap().to_owned()
+    }
+
+    /// What a user has moved, both ways.
+    pub fn used(&self, id: &str) -> u64 {
+        let usage = self.must("GET", &format!("/users/{id}/usage"), Value::Null);
+        usage["up"].as_u64().unwrap() + usage["down"].as_u64().unwrap()
+    }
+}
+
+fn unchunk(mut text: &str) -> String {
+    let mut whole = String::new();
+    while let Some((size, rest)) = text.split_once("\r\n") {
+        let size = usize::from_str_radix(size, 16).unwrap();
+        if size == 0 {
+            break;
+        }
+        whole.push_str(&rest[..size]);
+        text = &rest[size + 2..];
+    }
+    whole
+}
+
+impl Node {
+    /// A tunnel to a target.
+    ///
+    /// # Errors
+    /// The reply's code, 255 for a rejected login, 254 for a lost connection.
+    pub fn tunnel(&self, user: &str, target: SocketAddr) -> Result<TcpStream, u8> {
+        self.tunnel_with(user, PASSWORD, target)
+    }
+
+    pub fn tunnel_with(
+        &self,
+        user: &str,
+        password: &str,
+        target: SocketAddr,
+    ) -> Result<TcpStream, u8> {
+        let lost = |_| 254;
+        let mut stream = TcpStream::connect(self.proxy).map_err(lost)?;
+        stream.set_nodelay(true).map_err(lost)?;
+        stream.set_read_timeout(Some(PATIENCE)).map_err(lost)?;
+        let mut login = vec![5, 1, 2, 1, user.len() as u8];
+        login.extend_from_slice(user.as_bytes());
+        login.push(password.len() as u8);
+        login.extend_from_slice(password.as_bytes());
+        stream.write_all(&login).map_err(lost)?;
+        let mut answer = [0; 4];
+        stream.read_exact(&mut answer).map_err(lost)?;
+        if answer[3] != 0 {
+            return Err(255);
+        }
+        let mut request = vec![5, 1, 0, 1, 127, 0, 0, 1];
+        request.extend_from_slice(&target.port().to_be_bytes());
+        stream.write_all(&request).map_err(lost)?;
+        let mut reply = [0; 10];
+        stream.read_exact(&mut reply).map_err(lost)?;
+        if reply[1] == 0 { Ok(stream) } else { Err(reply[1]) }
+    }
+}
+
+/// A target that sends back what it gets.
+pub fn echo() -> SocketAddr {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = listener.local_addr().unwrap();
+    thread::spawn(move || {
+        for stream in listener.incoming().flatten() {
+            thread::spawn(move || {
+                let (mut from, mut to) = (stream.try_clone().unwrap(), stream);
+                let _ = std::io::copy(&mut from, &mut to);
+                let _ = to.shutdown(Shutdown::Write);
+            });
+        }
+    });
+    address
+}
+
+/// One message there and back.
+pub fn ping(stream: &mut TcpStream) -> std::io::Result<()> {
+    stream.write_all(b"ping")?;
+    let mut answer = [0; 4];
+    stream.read_exact(&mut answer)
+}

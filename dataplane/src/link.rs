@@ -1,0 +1,505 @@
+//! The node's side of the control link: follows the policy, reports what was counted.
+//!
+//! Nothing waits for it. A node restarts and serves from its copy of the policy; sums wait in the
+//! ledger's file, records in the spool, until the control plane has them in its database.
+
+mod copy;
+
+use std::{
+    collections::HashMap,
+    io,
+    path::{Path, PathBuf},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicU64, Ordering::Relaxed},
+    },
+    time::Duration,
+};
+
+use culvert_api::{
+    link::{self, Decoder, Down, FrameError, Up, command, down, encode, up},
+    policy::Policy,
+};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::UnixStream,
+    sync::Notify,
+    time::{Instant, MissedTickBehavior, interval, timeout},
+};
+
+use copy::Copy;
+
+use crate::{
+    ledger::{Bytes, Recovered, recover},
+    log::Spool,
+    node::{Node, beside_the_workers},
+};
+
+/// How often sums are reported when they changed.
+const REPORT: Duration = Duration::from_secs(1);
+/// How often the node says how it is, and which sessions run.
+const HEARTBEAT: Duration = Duration::from_secs(5);
+/// The control plane answers a hello within this time.
+const WELCOME: Duration = Duration::from_secs(5);
+/// It takes what it is sent within this time.
+const SEND: Duration = Duration::from_secs(30);
+/// Pauses between two tries to connect.
+const PAUSE: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(2));
+/// Records sent at once.
+const RECORDS: usize = 500;
+/// How often the spool is looked at.
+const LOOK: Duration = Duration::from_millis(200);
+/// Sessions listed at most.
+const LIVE_MAX: usize = 10_000;
+/// The last report of a boot comes after all others, whatever they were numbered.
+const LAST: u64 = i64::MAX as u64;
+
+/// Follows one control plane.
+pub struct Follower {
+    socket: PathBuf,
+    name: String,
+    boot: u64,
+    copy: Mutex<Copy>,
+    /// Records of this boot.
+    pub spool: Arc<Spool>,
+    /// Records and sums that other boots left.
+    left: Mutex<(Vec<Spool>, Vec<Recovered>)>,
+    sums: Mutex<Sums>,
+    ending: Notify,
+    ledger: PathBuf,
+    /// The control plane's generation in force; 0 is none.
+    pub generation: AtomicU64,
+}
+
+/// Sums of this boot, by user.
+#[derive(Default)]
+struct Sums {
+    by_worker: HashMap<(usize, u64), Bytes>,
+    all: HashMap<u64, Bytes>,
+    acknowledged: HashMap<u64, Bytes>,
+    sequence: u64,
+}
+
+/// How far the end of the node is.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum End {
+    No,
+    /// The last report is on its way.
+    Asked,
+    /// It is in the database.
+    Reported,
+}
+
+/// Why a connection is over.
+#[derive(Debug, thiserror::Error)]
+enum Gone {
+    #[error("{0}")]
+    Io(#[from] io::Error),
+    #[error("{0}")]
+    Frame(#[from] FrameError),
+    #[error("the control plane refuses: {0}")]
+    Refused(String),
+    #[error("the control plane does not answer")]
+    Silent,
+    #[error("the node has ended")]
+    Ended,
+}
+
+impl Follower {
+    /// Takes up what earlier boots left in the state directory.
+    ///
+    /// # Errors
+    /// The directory cannot be read or written.
+    pub fn open(socket: &Path, dir: &Path, name: &str, boot: u64) -> anyhow::Result<Self> {
+        let failed = |error: io::Error| anyhow::anyhow!("{}: {error}", dir.display());
+        let left = (Spool::left(dir).map_err(failed)?, recover(dir).map_err(failed)?);
+        for found in &left.1 {
+            tracing::info!(
+                boot = format!("{:016x}", found.boot),
+                users = found.users.len(),
+                sessions_cut = found.sessions.len(),
+                uncertain_bytes = found.uncertain,
+                "an earlier process was not over; its sums are kept for the control plane"
+            );
+        }
+        let copy = Copy::open(dir).map_err(failed)?;
+        Ok(Self {
+            socket: socket.to_owned(),
+            name: name.to_owned(),
+            boot,
+            generation: AtomicU64::new(copy.generation),
+            copy: Mutex::new(copy),
+            spool: Arc::new(Spool::new(dir, boot).map_err(failed)?),
+            left: Mutex::new(left),
+            sums: Mutex::default(),
+            ending: Notify::new(),
+            ledger: crate::ledger::path(dir, boot),
+        })
+    }
+
+    /// The policy of the copy, if there is one.
+    pub fn policy(&self) -> Option<Policy> {
+        let copy = lock(&self.copy);
+        (copy.generation > 0).then(|| copy.policy())
+    }
+
+    /// The node has drained: one more report, and no more.
+    pub fn finish(&self) {
+        self.ending.notify_one();
+    }
+
+    /// Connects, again and again, until the node has ended.
+    pub async fn run(self: Arc<Self>, node: Arc<Node>) {
+        let mut pause = PAUSE.0;
+        let mut told = String::new();
+        loop {
+            let began = Instant::now();
+            let gone = match UnixStream::connect(&self.socket).await {
+                Ok(stream) => {
+                    let mut peer = Peer::new(stream);
+                    Box::pin(self.follow(&node, &mut peer)).await
+                }
+                Err(error) => Err(error.into()),
+            };
+            match gone {
+                Ok(()) | Err(Gone::Ended) => return,
+                Err(gone) => {
+                    // The same reason is told once.
+                    let reason = gone.to_string();
+                    if reason != told {
+                        tracing::warn!(socket = %self.socket.display(), %reason, "no control plane");
+                        told = reason;
+                    }
+                }
+            }
+            if began.elapsed() > PAUSE.1 {
+                (pause, told) = (PAUSE.0, String::new());
+            }
+            tokio::select! {
+                () = tokio::time::sleep(pause) => {}
+                () = self.ending.notified() => return,
+            }
+            pause = (pause * 2).min(PAUSE.1);
+        }
+    }
+
+    async fn follow(&self, node: &Arc<Node>, peer: &mut Peer) -> Result<(), Gone> {
+        let hello = link::Hello {
+            node: self.name.clone(),
+            boot: self.boot,
+            version_min: link::VERSION_MIN,
+            version: link::VERSION,
+            generation: lock(&self.copy).generation,
+            program: env!("CARGO_PKG_VERSION").into(),
+        };
+        peer.send(up::Body::Hello(hello)).await?;
+        match timeout(WELCOME, peer.receive()).await {
+            Ok(Ok(Some(down::Body::Welcome(welcome)))) if welcome.refusal.is_empty() => {}
+            Ok(Ok(Some(down::Body::Welcome(welcome)))) => {
+                return Err(Gone::Refused(welcome.refusal));
+            }
+            Ok(Err(gone)) => return Err(gone),
+            _ => return Err(Gone::Silent),
+        }
+        tracing::info!(socket = %self.socket.display(), "control plane connected");
+        self.send_left(peer).await?;
+
+        let mut report = interval(REPORT);
+        let mut beat = interval(HEARTBEAT);
+        let mut look = interval(LOOK);
+        for tick in [&mut report, &mut beat, &mut look] {
+            tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        }
+        let mut outstanding: Option<(u64, Vec<(u64, Bytes)>)> = None;
+        // Everything that is not acknowledged is sent anew on a new connection.
+        let mut sent_record = 0;
+        let mut end = End::No;
+        loop {
+            tokio::select! {
+                received = peer.receive() => match received? {
+                    Some(down::Body::ReportAck(ack)) if ack.boot == self.boot => {
+                        if let Some((sequence, users)) =
+                            outstanding.take_if(|sent| sent.0 <= ack.sequence)
+                        {
+                            lock(&self.sums).acknowledged.extend(users);
+                            if sequence == LAST {
+                                let _ = std::fs::remove_file(&self.ledger);
+                                end = End::Reported;
+                            }
+                        }
+                    }
+                    Some(body) => self.heard(node, peer, body).await?,
+                    None => {}
+                },
+                _ = report.tick(), if outstanding.is_none() && end == End::No => {
+                    outstanding = self.report(node, peer, false).await?;
+                }
+                _ = beat.tick() => self.beat(node, peer).await?,
+                _ = look.tick() => {
+                    let records = self.spool.after(sent_record, RECORDS)?;
+                    if let Some(last) = records.last() {
+                        sent_record = last.sequence;
+                        let records = link::Records { boot: self.boot, records };
+                        peer.send(up::Body::Records(records)).await?;
+                    }
+                }
+                () = self.ending.notified(), if end == End::No => {
+                    end = End::Asked;
+                    outstanding = self.report(node, peer, true).await?;
+                }
+            }
+            if end == End::Reported && self.spool.is_empty() {
+                self.spool.delete();
+                return Err(Gone::Ended);
+            }
+        }
+    }
+
+    /// What earlier boots left.
+    async fn send_left(&self, peer: &mut Peer) -> Result<(), Gone> {
+        let (mut reports, mut records) = (Vec::new(), Vec::new());
+        {
+            let left = lock(&self.left);
+            for found in &left.1 {
+                let usage = |(user, sum): (&u64, &Bytes)| link::Usage {
+                    user: *user,
+                    up: sum[0],
+                    down: sum[1],
+                };
+                reports.push(link::Report {
+                    boot: found.boot,
+                    sequence: LAST,
+                    users: found.users.iter().map(usage).collect(),
+                    last: true,
+                    uncertain: found.uncertain,
+                });
+            }
+            for spool in &left.0 {
+                let mut last = 0;
+                loop {
+                    let part = spool.after(last, RECORDS)?;
+                    let Some(record) = part.last() else { break };
+                    last = record.sequence;
+                    records.push(link::Records { boot: spool.boot, records: part });
+                }
+            }
+        }
+        for report in reports {
+            peer.send(up::Body::Report(report)).await?;
+        }
+        for part in records {
+            peer.send(up::Body::Records(part)).await?;
+        }
+        Ok(())
+    }
+
+    async fn heard(&self, node: &Arc<Node>, peer: &mut Peer, body: down::Body) -> Result<(), Gone> {
+        match body {
+            down::Body::Snapshot(snapshot) => {
+                let generation = snapshot.generation;
+                let next = Copy::of_snapshot(&lock(&self.copy), snapshot);
+                self.put(node, peer, generation, next).await?;
+            }
+            down::Body::Delta(delta) => {
+                let generation = delta.generation;
+                let next = Copy::with(&lock(&self.copy), delta);
+                self.put(node, peer, generation, next).await?;
+            }
+            down::Body::ReportAck(ack) => {
+                let mut left = lock(&self.left);
+                left.1.retain(|found| {
+                    let safe = found.boot == ack.boot;
+                    if safe {
+                        let _ = std::fs::remove_file(&found.path);
+                    }
+                    !safe
+                });
+            }
+            down::Body::RecordAck(ack) if ack.boot == self.boot => {
+                self.spool.acknowledge(ack.sequence);
+            }
+            down::Body::RecordAck(ack) => {
+                let mut left = lock(&self.left);
+                left.0.retain(|spool| {
+                    if spool.boot == ack.boot {
+                        spool.acknowledge(ack.sequence);
+                    }
+                    let safe = spool.is_empty();
+                    if safe {
+                        spool.delete();
+                    }
+                    !safe
+                });
+            }
+            down::Body::Command(link::Command { kind: Some(kind) }) => match kind {
+                command::Kind::EndSession(id) => drop(node.end_session(id)),
+                command::Kind::EndUser(user) => node.end_user(user),
+                command::Kind::Drain(_) => drop(node.drain.try_send(())),
+            },
+            down::Body::Welcome(_) | down::Body::Command(_) | down::Body::LeaseGrant(_) => {}
+        }
+        Ok(())
+    }
+
+    /// Puts a policy in force and keeps a copy of it; says so, or why not.
+    async fn put(
+        &self,
+        node: &Arc<Node>,
+        peer: &mut Peer,
+        generation: u64,
+        next: Result<Copy, String>,
+    ) -> Result<(), Gone> {
+        let refused =
+            |reasons: Vec<String>| up::Body::Refused(link::Refused { generation, reasons });
+        let next = match next {
+            Ok(next) => next,
+            Err(reason) => {
+                tracing::error!(generation, %reason, "the control plane's policy is refused");
+                return peer.send(refused(vec![reason])).await;
+            }
+        };
+        let target = node.clone();
+        let policy = next.policy();
+        let put = beside_the_workers(move || target.follow(policy)).await;
+        let reasons: Vec<String> = match put {
+            Ok(Ok(_)) => Vec::new(),
+            Ok(Err(problems)) => problems.iter().map(ToString::to_string).collect(),
+            Err(error) => vec![error.to_string()],
+        };
+        if !reasons.is_empty() {
+            for reason in &reasons {
+                tracing::error!(generation, %reason, "the control plane's policy is refused");
+            }
+            return peer.send(refused(reasons)).await;
+        }
+        {
+            let mut copy = lock(&self.copy);
+            if let Err(error) = next.keep() {
+                tracing::warn!(%error, "the policy is in force, but its copy could not be written");
+            }
+            *copy = next;
+        }
+        self.generation.store(generation, Relaxed);
+        tracing::info!(
+            generation,
+            users = node.shared.snapshot.load().directory.len(),
+            "policy followed"
+        );
+        peer.send(up::Body::Applied(link::Applied { generation })).await
+    }
+
+    /// Reports sums that changed since they were acknowledged.
+    async fn report(
+        &self,
+        node: &Arc<Node>,
+        peer: &mut Peer,
+        last: bool,
+    ) -> Result<Option<(u64, Vec<(u64, Bytes)>)>, Gone> {
+        let totals = node.totals().await;
+        let (sequence, users) = {
+            let mut sums = lock(&self.sums);
+            for (worker, told) in totals {
+                for (user, sum) in told {
+                    let before = sums.by_worker.insert((worker, user), sum).unwrap_or_default();
+                    let all = sums.all.entry(user).or_default();
+                    (all[0], all[1]) = (all[0] + sum[0] - before[0], all[1] + sum[1] - before[1]);
+                }
+            }
+            let changed = |(user, sum): (&u64, &Bytes)| {
+                (sums.acknowledged.get(user) != Some(sum)).then_some((*user, *sum))
+            };
+            let users: Vec<(u64, Bytes)> = sums.all.iter().filter_map(changed).collect();
+            sums.sequence += 1;
+            (if last { LAST } else { sums.sequence }, users)
+        };
+        if users.is_empty() && !last {
+            return Ok(None);
+        }
+        let usage =
+            |(user, sum): &(u64, Bytes)| link::Usage { user: *user, up: sum[0], down: sum[1] };
+        let report = link::Report {
+            boot: self.boot,
+            sequence,
+            users: users.iter().map(usage).collect(),
+            last,
+            uncertain: 0,
+        };
+        peer.send(up::Body::Report(report)).await?;
+        Ok(Some((sequence, users)))
+    }
+
+    async fn beat(&self, node: &Arc<Node>, peer: &mut Peer) -> Result<(), Gone> {
+        let [up, down] = node.bytes();
+        let (cpu_us, memory) = process();
+        let beat = link::Heartbeat {
+            sessions: node.sessions_active(),
+            cpu_us,
+            memory,
+            up,
+            down,
+            ready: node.is_ready(),
+            uptime: node.started.elapsed().as_secs(),
+        };
+        peer.send(up::Body::Heartbeat(beat)).await?;
+        let sessions =
+            node.sessions().await.into_iter().take(LIVE_MAX).map(|live| link::LiveSession {
+                id: live.id,
+                user: live.user_id,
+                json: serde_json::to_vec(&live).unwrap_or_default(),
+            });
+        peer.send(up::Body::Live(link::Live { sessions: sessions.collect() })).await
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+}
+
+/// CPU time in microseconds and resident memory in bytes of this process, from /proc.
+fn process() -> (u64, u64) {
+    let read =
+        |name: &str| std::fs::read_to_string(format!("/proc/self/{name}")).unwrap_or_default();
+    let (stat, statm) = (read("stat"), read("statm"));
+    // After the name in parentheses: utime and stime are fields 14 and 15, in hundredths of a second.
+    let rest = stat.rsplit_once(") ").map_or("", |(_, rest)| rest);
+    let ticks = rest.split(' ').skip(11).take(2).filter_map(|text| text.parse::<u64>().ok());
+    let pages = statm.split(' ').nth(1).and_then(|text| text.parse::<u64>().ok()).unwrap_or(0);
+    (ticks.sum::<u64>() * 10_000, pages * 4096)
+}
+
+struct Peer {
+    stream: UnixStream,
+    bytes: Box<[u8]>,
+    decoder: Decoder,
+    out: Vec<u8>,
+}
+
+impl Peer {
+    fn new(stream: UnixStream) -> Self {
+        let bytes = vec![0; 64 * 1024].into();
+        Self { stream, bytes, decoder: Decoder::default(), out: Vec::new() }
+    }
+
+    /// The next message; `None` is one of a later version. May be dropped: nothing is lost.
+    async fn receive(&mut self) -> Result<Option<down::Body>, Gone> {
+        loop {
+            if let Some(message) = self.decoder.take::<Down>()? {
+                return Ok(message.body);
+            }
+            let received = self.stream.read(&mut self.bytes).await?;
+            if received == 0 {
+                return Err(io::Error::from(io::ErrorKind::UnexpectedEof).into());
+            }
+            self.decoder.push(&self.bytes[..received]);
+        }
+    }
+
+    async fn send(&mut self, body: up::Body) -> Result<(), Gone> {
+        self.out.clear();
+        encode(&Up { body: Some(body) }, &mut self.out);
+        match timeout(SEND, self.stream.write_all(&self.out)).await {
+            Ok(sent) => Ok(sent?),
+            Err(_) => Err(Gone::Silent),
+        }
+    }
+}
