@@ -200,6 +200,7 @@ impl UserCommand {
     async fn run(self) -> anyhow::Result<()> {
         match self {
             Self::Add { name, admin, file } => {
+                http::check_name(&name).map_err(|problem| anyhow::anyhow!(problem.detail))?;
                 let store = app::store(&file.load()?).await?;
                 let hash = hash_password(password()?).await.context("no hash could be made")?;
                 let role = if admin { "admin" } else { "user" };

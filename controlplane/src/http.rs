@@ -29,7 +29,7 @@ pub(crate) use filters::compiled as filter_of;
 pub use problem::Problem;
 pub(crate) use proxy::new_node;
 pub(crate) use rules::compiled as rule_of;
-pub(crate) use users::edit_password;
+pub(crate) use users::{check_name, edit_password};
 
 use crate::{
     auth::{LoginThrottle, Tokens},

@@ -28,7 +28,7 @@ const PART: usize = 5_000;
 /// # Errors
 /// 422 with the first problem.
 pub fn check(policy: &Policy) -> Result<(), Problem> {
-    match policy.check().into_iter().next() {
+    match policy.check().into_iter().chain(policy.check_targets()).next() {
         None => Ok(()),
         Some(problem) => Err(Problem::invalid(problem.to_string())),
     }

@@ -322,8 +322,8 @@ async fn list(
 #[derive(Debug, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 struct NewUser {
-    /// 1 to 255 bytes without control characters.
-    #[schema(min_length = 1, max_length = 255, pattern = "^[^\\x00-\\x1f\\x7f]+$")]
+    /// 1 to 255 bytes without control characters and colons.
+    #[schema(min_length = 1, max_length = 255, pattern = "^[^:\\x00-\\x1f\\x7f]+$")]
     name: String,
     /// 8 to 72 bytes.
     #[schema(min_length = 8, max_length = 72, format = Password)]
@@ -352,12 +352,13 @@ struct NewUser {
     comment: String,
 }
 
-fn check_name(name: &str) -> Result<()> {
-    let fits = (1..=255).contains(&name.len()) && !name.chars().any(char::is_control);
+pub(crate) fn check_name(name: &str) -> Result<()> {
+    let fits = (1..=255).contains(&name.len())
+        && !name.chars().any(|letter| letter.is_control() || letter == ':');
     if fits {
         Ok(())
     } else {
-        Err(Problem::invalid("name: 1 to 255 bytes without control characters"))
+        Err(Problem::invalid("names have 1 to 255 bytes without control characters and colons"))
     }
 }
 

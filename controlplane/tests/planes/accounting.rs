@@ -52,14 +52,9 @@ fn every_byte_is_counted_once_whatever_is_killed() {
                     planes.control.kill();
                     moved += transfer(&node, "ann", target, 1234);
                     sessions += 1;
-                    let records = || {
-                        let files = std::fs::read_dir(&node.dir).unwrap().flatten();
-                        let names = files.filter(|file| {
-                            file.file_name().to_string_lossy().starts_with("records-")
-                        });
-                        names.map(|file| file.metadata().unwrap().len()).sum::<u64>()
-                    };
-                    await_some("record in the spool", || (records() > 0).then_some(()));
+                    // A record is in the spool when it is in the access log.
+                    let logged = || node.access_log().matches("\"user\":\"ann\"").count();
+                    await_some("record in the log", || (logged() == sessions).then_some(()));
                     node.program.kill();
                     planes.restart_control();
                     planes.again(&mut node);

@@ -137,6 +137,7 @@ fn bad_input_is_told_and_changes_nothing() {
         for (method, path, body, status) in [
             ("POST", "/users", json!({ "name": "", "password": PASSWORD }), 422),
             ("POST", "/users", json!({ "name": "a\u{0}b", "password": PASSWORD }), 422),
+            ("POST", "/users", json!({ "name": "a:b", "password": PASSWORD }), 422),
             ("POST", "/users", json!({ "name": "a", "password": "short" }), 422),
             ("POST", "/users", json!({ "name": "a", "password": "x".repeat(73) }), 422),
             ("POST", "/users", json!({ "name": "a", "password": PASSWORD, "surprise": 1 }), 422),
@@ -157,11 +158,24 @@ fn bad_input_is_told_and_changes_nothing() {
             ("POST", "/filters", json!({ "action": "deny", "kind": "cidr", "value": "x" }), 422),
             (
                 "POST",
+                "/filters",
+                json!({ "action": "deny", "kind": "domain", "value": "a b" }),
+                422,
+            ),
+            (
+                "POST",
+                "/filters",
+                json!({ "action": "deny", "kind": "domain", "value": "10.0.0.1" }),
+                422,
+            ),
+            (
+                "POST",
                 "/rules",
                 json!({ "name": "r", "action": "allow", "when": { "moon": [] } }),
                 422,
             ),
             ("POST", "/rules", json!({ "name": "r", "action": "redirect" }), 422),
+            ("POST", "/rules", json!({ "name": "r", "action": "redirect", "to": "a b:1" }), 422),
             ("POST", "/rules/reorder", json!({ "ids": ["1"] }), 409),
             ("POST", "/whitelist", json!({ "cidr": "10.0.0.0/40" }), 422),
             ("PATCH", "/settings", json!({ "access_log_days": 0 }), 422),

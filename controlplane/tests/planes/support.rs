@@ -290,6 +290,14 @@ fn unchunk(mut text: &str) -> String {
 }
 
 impl Node {
+    /// All access records so far, as lines.
+    pub fn access_log(&self) -> String {
+        let files = fs::read_dir(&self.dir).unwrap().flatten();
+        let logs =
+            files.filter(|file| file.file_name().to_string_lossy().starts_with("access.log"));
+        logs.map(|file| fs::read_to_string(file.path()).unwrap()).collect()
+    }
+
     /// A tunnel to a target.
     ///
     /// # Errors

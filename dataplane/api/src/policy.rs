@@ -2,12 +2,15 @@
 //! to, how much. A node compiles it into its own matchers; both planes check it with the same rules.
 
 mod check;
+mod target;
 
 use std::net::IpAddr;
 
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 use time::OffsetDateTime;
+
+pub use target::check_pattern;
 
 use crate::{ByteCount, ByteRate};
 

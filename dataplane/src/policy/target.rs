@@ -4,6 +4,7 @@ use std::{collections::HashSet, net::IpAddr};
 
 use aho_corasick::AhoCorasick;
 use culvert_api::policy::PortRange;
+use culvert_api::policy::check_pattern;
 use culvert_proto::{Host, Name, Target};
 use ipnet::IpNet;
 use prefix_trie::joint::set::JointPrefixSet;
@@ -13,8 +14,6 @@ use regex::{RegexSet, RegexSetBuilder};
 const SMALL: usize = 8;
 /// Bytes of program one list of regular expressions may compile to.
 const REGEX_BYTES_MAX: usize = 10 << 20;
-/// Bytes of program one regular expression may compile to.
-const REGEX_ONE_MAX: usize = 256 << 10;
 
 /// Targets given by names and addresses.
 #[derive(Debug, Default)]
@@ -155,26 +154,6 @@ fn name(text: &str) -> Result<Box<str>, String> {
         return Err("an address, which no name is; list it in `cidr`".to_owned());
     }
     Name::parse(text).map(|name| name.as_str().into()).map_err(|error| error.to_string())
-}
-
-/// Each expression is checked by itself first, so that the one at fault is named.
-fn check_pattern(pattern: &str) -> Result<(), String> {
-    let built = regex::RegexBuilder::new(pattern)
-        .size_limit(REGEX_ONE_MAX)
-        .dfa_size_limit(REGEX_ONE_MAX)
-        .nest_limit(32)
-        .build();
-    match built {
-        Ok(_) => Ok(()),
-        Err(regex::Error::CompiledTooBig(_)) => {
-            Err("the expression is too large; use fewer or smaller repetitions".to_owned())
-        }
-        Err(error) => {
-            let text = error.to_string();
-            let last = text.lines().last().unwrap_or_default();
-            Err(last.strip_prefix("error: ").unwrap_or(last).to_owned())
-        }
-    }
 }
 
 fn patterns_of(patterns: &[&str]) -> Result<Option<RegexSet>, String> {
