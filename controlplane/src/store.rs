@@ -139,7 +139,11 @@ impl Store {
         schema::Migrator::up(&self.db, None).await?;
         let head = entity::head::ActiveModel { id: Set(HEAD), generation: Set(1) };
         entity::head::Entity::insert(head)
-            .on_conflict(OnConflict::column(entity::head::Column::Id).do_nothing().to_owned())
+            .on_conflict(
+                OnConflict::column(entity::head::Column::Id)
+                    .do_nothing_on([entity::head::Column::Id])
+                    .to_owned(),
+            )
             .exec_without_returning(&self.db)
             .await?;
         self.changed.send_replace(self.generation().await?);
