@@ -204,3 +204,23 @@ impl Config {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_example_shows_every_key_and_its_default() {
+        let example = include_str!("../control.example.toml");
+        let read: Config = Tree::parse(example, Format::Toml).unwrap().read().unwrap();
+        let default = Config::default();
+        assert_eq!(read, Config { state: State { dir: read.state.dir.clone() }, ..default });
+        let keys = serde_json::to_value(&read).unwrap();
+        for (section, keys) in keys.as_object().unwrap() {
+            for key in keys.as_object().unwrap().keys() {
+                let set = example.lines().any(|line| line.starts_with(&format!("{key} =")));
+                assert!(set, "{section}.{key} is not in the example");
+            }
+        }
+    }
+}

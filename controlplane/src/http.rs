@@ -82,6 +82,25 @@ impl Modify for Bearer {
     }
 }
 
+/// Problem documents have a content type of their own (RFC 9457 section 3).
+fn name_problems(document: &mut utoipa::openapi::OpenApi) {
+    use utoipa::openapi::RefOr;
+    for item in document.paths.paths.values_mut() {
+        let operations =
+            [&mut item.get, &mut item.put, &mut item.post, &mut item.delete, &mut item.patch];
+        for operation in operations.into_iter().flatten() {
+            for (status, response) in &mut operation.responses.responses {
+                if let RefOr::T(response) = response
+                    && status.starts_with(['4', '5'])
+                    && let Some(content) = response.content.swap_remove("application/json")
+                {
+                    response.content.insert("application/problem+json".into(), content);
+                }
+            }
+        }
+    }
+}
+
 fn routes() -> OpenApiRouter<App> {
     OpenApiRouter::with_openapi(Document::openapi()).nest(
         "/api/v1",
@@ -103,7 +122,9 @@ fn routes() -> OpenApiRouter<App> {
 
 /// The API's description.
 pub fn openapi() -> utoipa::openapi::OpenApi {
-    routes().into_openapi()
+    let mut document = routes().into_openapi();
+    name_problems(&mut document);
+    document
 }
 
 /// The settings as the database has them.
@@ -115,8 +136,9 @@ pub(crate) async fn settings_of(
 
 /// All routes.
 pub fn router(app: App) -> Router {
-    let (router, document) = routes().split_for_parts();
-    let docs = utoipa_swagger_ui::SwaggerUi::new("/api/docs").url("/api/v1/openapi.json", document);
+    let (router, _) = routes().split_for_parts();
+    let docs =
+        utoipa_swagger_ui::SwaggerUi::new("/api/docs").url("/api/v1/openapi.json", openapi());
     router
         .merge(docs)
         .route("/livez", get(async || "alive\n"))

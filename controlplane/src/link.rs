@@ -138,6 +138,11 @@ impl Hub {
         let Ok(Ok(Some(up::Body::Hello(hello)))) = first else {
             return Err(Gone::Refused("it did not say hello".into()));
         };
+        if !(1..=255).contains(&hello.node.len()) || hello.node.chars().any(char::is_control) {
+            return Err(Gone::Refused(
+                "its name has not 1 to 255 bytes, or control characters".into(),
+            ));
+        }
         let refusal = if hello.version_min > link::VERSION || hello.version < link::VERSION_MIN {
             format!(
                 "it speaks versions {} to {} of the link, we {} to {}; upgrade the older one",
@@ -166,7 +171,7 @@ impl Hub {
         }
         let mut change = row.clone().into_active_model();
         change.boot = Set(hello.boot.cast_signed());
-        change.version = Set(hello.program.clone());
+        change.version = Set(hello.program.chars().take(64).collect());
         change.connected = Set(true);
         change.seen_at = Set(Some(now()));
         change.generation = Set(hello.generation.cast_signed());

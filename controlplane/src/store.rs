@@ -22,6 +22,8 @@ use tokio::sync::watch;
 
 /// Tries of a transaction that met another's lock.
 const TRIES: u32 = 8;
+/// Characters of a change's subject that are kept.
+const SUBJECT: usize = 300;
 /// The only row of `head`.
 const HEAD: i64 = 1;
 
@@ -267,7 +269,7 @@ impl Edit<'_> {
             actor: Set(self.actor.name),
             address: Set(self.actor.address),
             action: Set(change.action.to_owned()),
-            subject: Set(change.subject),
+            subject: Set(change.subject.chars().take(SUBJECT).collect()),
             old: Set(change.old),
             new: Set(change.new),
             ..Default::default()

@@ -20,14 +20,37 @@ impl<T: DeserializeOwned> FromRequest<App> for Body<T> {
     type Rejection = Problem;
 
     async fn from_request(request: Request, app: &App) -> Result<Self, Problem> {
-        match axum::Json::from_request(request, app).await {
-            Ok(axum::Json(value)) => Ok(Self(value)),
-            Err(rejection::JsonRejection::JsonDataError(error)) => {
-                Err(Problem::invalid(error.body_text()))
-            }
-            Err(error) => Err(Problem::new(error.status(), error.body_text())),
-        }
+        let body = axum::Json::<serde_json::Map<_, _>>::from_request(request, app).await;
+        let axum::Json(body) = body.map_err(|error| match error {
+            rejection::JsonRejection::JsonDataError(_) => Problem::invalid("not an object"),
+            error => Problem::new(error.status(), error.body_text()),
+        })?;
+        let value = serde_json::from_value(serde_json::Value::Object(body));
+        value.map(Self).map_err(|error| Problem::invalid(error.to_string()))
     }
+}
+
+/// An object, where serde would also take a list of its values.
+pub(super) fn object<'de, D, T>(deserializer: D) -> Result<T, D::Error>
+where
+    D: serde::Deserializer<'de>,
+    T: DeserializeOwned,
+{
+    let map = serde_json::Map::deserialize(deserializer)?;
+    serde_json::from_value(serde_json::Value::Object(map)).map_err(serde::de::Error::custom)
+}
+
+/// The same, or null.
+pub(super) fn object_or_null<'de, D, T>(deserializer: D) -> Result<Option<T>, D::Error>
+where
+    D: serde::Deserializer<'de>,
+    T: DeserializeOwned,
+{
+    let Some(map) = Option::<serde_json::Map<_, _>>::deserialize(deserializer)? else {
+        return Ok(None);
+    };
+    let value = serde_json::from_value(serde_json::Value::Object(map));
+    value.map(Some).map_err(serde::de::Error::custom)
 }
 
 /// The query.

@@ -22,7 +22,7 @@ pub(super) fn routes() -> OpenApiRouter<App> {
 /// What a filter does.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "lowercase")]
-enum Action {
+enum FilterAction {
     /// Black list.
     Deny,
     /// White list: exempts from the black one.
@@ -32,7 +32,7 @@ enum Action {
 /// How a filter's value is read.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
-enum Kind {
+enum FilterKind {
     /// An exact host name.
     Domain,
     /// A host name and all below it.
@@ -50,9 +50,9 @@ enum Kind {
 #[serde(deny_unknown_fields)]
 struct FilterBody {
     /// What it does.
-    action: Action,
+    action: FilterAction,
     /// How its value is read.
-    kind: Kind,
+    kind: FilterKind,
     /// What matches.
     #[schema(min_length = 1, max_length = 1000)]
     value: String,
@@ -78,8 +78,18 @@ fn yes() -> bool {
 struct FilterView {
     /// Number.
     id: String,
-    #[serde(flatten)]
-    filter: FilterBody,
+    /// What it does.
+    action: FilterAction,
+    /// How its value is read.
+    kind: FilterKind,
+    /// What matches.
+    value: String,
+    /// Ports and ranges it is for; empty is all.
+    ports: Vec<String>,
+    /// Whether it is in force.
+    enabled: bool,
+    /// For the admins.
+    comment: String,
     /// When it was made.
     #[schema(format = DateTime)]
     created_at: String,
@@ -94,14 +104,12 @@ fn view(row: filter::Model) -> FilterView {
     FilterView {
         id: row.id.to_string(),
         created_at: time_text(row.created_at),
-        filter: FilterBody {
-            action: serde_json::from_value(word(&row.action)).unwrap_or(Action::Deny),
-            kind: serde_json::from_value(word(&row.kind)).unwrap_or(Kind::Domain),
-            value: row.value,
-            ports: serde_json::from_str(&row.ports).unwrap_or_default(),
-            enabled: row.enabled,
-            comment: row.comment,
-        },
+        action: serde_json::from_value(word(&row.action)).unwrap_or(FilterAction::Deny),
+        kind: serde_json::from_value(word(&row.kind)).unwrap_or(FilterKind::Domain),
+        value: row.value,
+        ports: serde_json::from_str(&row.ports).unwrap_or_default(),
+        enabled: row.enabled,
+        comment: row.comment,
     }
 }
 
@@ -171,7 +179,7 @@ struct Which {
     /// A part of the value.
     q: Option<String>,
     /// Only these.
-    action: Option<Action>,
+    action: Option<FilterAction>,
 }
 
 /// All filters.

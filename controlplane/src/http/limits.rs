@@ -19,7 +19,7 @@ pub(super) fn routes() -> OpenApiRouter<App> {
 /// Whom rates are for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "lowercase")]
-enum Kind {
+enum LimitKind {
     /// Members of a group that have none of their own; the highest of their groups.
     Group,
     /// Everybody else.
@@ -31,7 +31,7 @@ enum Kind {
 #[serde(deny_unknown_fields)]
 struct Rates {
     /// Whom for.
-    kind: Kind,
+    kind: LimitKind,
     /// The group's name; empty with `default`.
     #[serde(default)]
     #[schema(max_length = 255)]
@@ -52,13 +52,21 @@ struct Rates {
 struct RatesView {
     /// Number.
     id: String,
-    #[serde(flatten)]
-    rates: Rates,
+    /// Whom for.
+    kind: LimitKind,
+    /// The group's name; empty with `default`.
+    subject: String,
+    /// Bytes a second to targets.
+    up: Option<i64>,
+    /// Bytes a second to clients.
+    down: Option<i64>,
+    /// Bytes at once after a pause.
+    burst: Option<i64>,
 }
 
 impl Rates {
     fn check(&self) -> Result<()> {
-        let named = (self.kind == Kind::Group) != self.subject.is_empty();
+        let named = (self.kind == LimitKind::Group) != self.subject.is_empty();
         if !named || self.subject.len() > 255 || self.subject.chars().any(char::is_control) {
             return Err(Problem::invalid("subject: a group's name, or empty with kind `default`"));
         }
@@ -69,14 +77,20 @@ impl Rates {
     }
 
     fn kind_name(&self) -> &'static str {
-        if self.kind == Kind::Group { "group" } else { "default" }
+        if self.kind == LimitKind::Group { "group" } else { "default" }
     }
 }
 
 fn view(row: limit::Model) -> RatesView {
-    let kind = if row.kind == "group" { Kind::Group } else { Kind::Default };
-    let rates = Rates { kind, subject: row.subject, up: row.up, down: row.down, burst: row.burst };
-    RatesView { id: row.id.to_string(), rates }
+    let kind = if row.kind == "group" { LimitKind::Group } else { LimitKind::Default };
+    RatesView {
+        id: row.id.to_string(),
+        kind,
+        subject: row.subject,
+        up: row.up,
+        down: row.down,
+        burst: row.burst,
+    }
 }
 
 async fn find(db: &impl sea_orm::ConnectionTrait, id: i64) -> Result<limit::Model> {

@@ -25,7 +25,7 @@ pub(super) fn routes() -> OpenApiRouter<App> {
 /// What a rule does.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "lowercase")]
-enum Action {
+enum RuleDoes {
     /// Let through.
     Allow,
     /// Refuse.
@@ -47,7 +47,7 @@ struct RuleBody {
     #[schema(value_type = Object)]
     when: serde_json::Map<String, serde_json::Value>,
     /// What it does.
-    action: Action,
+    action: RuleDoes,
     /// `host:port` to go to instead, with `redirect`.
     #[serde(default)]
     #[schema(max_length = 512)]
@@ -68,8 +68,17 @@ struct RuleView {
     id: String,
     /// Place in the order, from 1.
     position: i64,
-    #[serde(flatten)]
-    rule: RuleBody,
+    /// Its name in logs and records.
+    name: String,
+    /// Conditions; all must hold.
+    #[schema(value_type = Object)]
+    when: serde_json::Map<String, serde_json::Value>,
+    /// What it does.
+    action: RuleDoes,
+    /// `host:port` to go to instead.
+    to: Option<String>,
+    /// Whether it is in force.
+    enabled: bool,
     /// When it was made.
     #[schema(format = DateTime)]
     created_at: String,
@@ -81,13 +90,11 @@ fn view(row: rule::Model) -> RuleView {
         id: row.id.to_string(),
         position: row.position,
         created_at: time_text(row.created_at),
-        rule: RuleBody {
-            name: row.name,
-            when: serde_json::from_str(&row.conditions).unwrap_or_default(),
-            action: serde_json::from_value(action).unwrap_or(Action::Deny),
-            to: row.target,
-            enabled: row.enabled,
-        },
+        name: row.name,
+        when: serde_json::from_str(&row.conditions).unwrap_or_default(),
+        action: serde_json::from_value(action).unwrap_or(RuleDoes::Deny),
+        to: row.target,
+        enabled: row.enabled,
     }
 }
 

@@ -17,7 +17,7 @@ pub(super) fn routes() -> OpenApiRouter<App> {
 /// What is done when no rule decides.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "lowercase")]
-pub(crate) enum Default {
+pub(crate) enum DefaultPolicy {
     /// Let through.
     Allow,
     /// Refuse.
@@ -28,7 +28,7 @@ pub(crate) enum Default {
 #[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
 pub(crate) struct Settings {
     /// When no rule decides.
-    default_policy: Default,
+    default_policy: DefaultPolicy,
     /// Internal targets that may be dialled.
     allow_internal: Vec<String>,
     /// Target ports nobody may use.
@@ -41,10 +41,10 @@ pub(crate) struct Settings {
     audit_log_days: u32,
 }
 
-impl std::default::Default for Settings {
+impl Default for Settings {
     fn default() -> Self {
         Self {
-            default_policy: Default::Allow,
+            default_policy: DefaultPolicy::Allow,
             allow_internal: Vec::new(),
             deny_ports: vec![25],
             access_log_days: 30,
@@ -71,8 +71,8 @@ impl Settings {
     /// Their part of a policy.
     pub(crate) fn apply(&self, policy: &mut Policy) {
         policy.default = match self.default_policy {
-            Default::Allow => Access::Allow,
-            Default::Deny => Access::Deny,
+            DefaultPolicy::Allow => Access::Allow,
+            DefaultPolicy::Deny => Access::Deny,
         };
         policy.allow_internal =
             self.allow_internal.iter().filter_map(|text| network(text).ok()).collect();
@@ -91,7 +91,7 @@ impl Settings {
 struct SettingsPatch {
     /// When no rule decides.
     #[serde(skip_serializing_if = "Option::is_none")]
-    default_policy: Option<Default>,
+    default_policy: Option<DefaultPolicy>,
     /// Internal targets that may be dialled.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(max_items = 1000)]

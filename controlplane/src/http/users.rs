@@ -13,7 +13,8 @@ use utoipa::{IntoParams, ToSchema};
 use utoipa_axum::{router::OpenApiRouter, routes};
 
 use super::{
-    Admin, App, Body, Caller, Id, Page, Paging, Params, Problem, auth::no_hash, problem::Result,
+    Admin, App, Body, Caller, Id, Page, Paging, Params, Problem, auth::no_hash, extract,
+    problem::Result,
 };
 use crate::{
     auth::{check_password, hash_password},
@@ -344,7 +345,7 @@ struct NewUser {
     #[schema(max_items = 64)]
     groups: Vec<String>,
     /// Limits.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "extract::object")]
     limits: UserLimits,
     /// For the admins.
     #[serde(default)]
@@ -514,6 +515,7 @@ struct UserPatch {
     #[schema(max_items = 64)]
     groups: Option<Vec<String>>,
     /// Limits, all together.
+    #[serde(deserialize_with = "extract::object_or_null")]
     limits: Option<UserLimits>,
     /// For the admins.
     #[schema(max_length = 1000)]

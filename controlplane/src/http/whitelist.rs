@@ -35,8 +35,10 @@ struct Entry {
 struct EntryView {
     /// Number.
     id: String,
-    #[serde(flatten)]
-    entry: Entry,
+    /// The network.
+    cidr: String,
+    /// For the admins.
+    comment: String,
     /// When it was made.
     #[schema(format = DateTime)]
     created_at: String,
@@ -45,7 +47,8 @@ struct EntryView {
 fn view(row: whitelist::Model) -> EntryView {
     EntryView {
         id: row.id.to_string(),
-        entry: Entry { cidr: row.cidr, comment: row.comment },
+        cidr: row.cidr,
+        comment: row.comment,
         created_at: time_text(row.created_at),
     }
 }

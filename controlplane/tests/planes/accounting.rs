@@ -9,7 +9,7 @@ use std::{
 
 use serde_json::{Value, json};
 
-use crate::support::{Node, await_some, echo, on_each, pause};
+use crate::support::{Gate, Node, Planes, await_some, echo, on_each, on_server, pause};
 
 /// Moves bytes there and back in a session that ends in order; gives the bytes both ways.
 fn transfer(node: &Node, user: &str, target: SocketAddr, bytes: usize) -> u64 {
@@ -77,6 +77,37 @@ fn every_byte_is_counted_once_whatever_is_killed() {
             .map(|log| log["bytes_up"].as_u64().unwrap() + log["bytes_down"].as_u64().unwrap())
             .sum();
         assert_eq!(of_logs, moved);
+    });
+}
+
+/// RELIABILITY D6: while the database is away the proxy serves, the API says so, and nothing is lost.
+#[test]
+fn a_database_that_is_away_is_waited_for() {
+    on_server(|url, socket| {
+        let folder = tempfile::tempdir().unwrap();
+        let gate = Gate::before(socket, folder.path());
+        let planes = Planes::start(Some(url.replace(socket, gate.path.to_str().unwrap())));
+        let (node, target) = (planes.node("edge"), echo());
+        let id = planes.user("ann", json!({}));
+        await_some("tunnel", || node.tunnel("ann", target).ok());
+        let mut moved = transfer(&node, "ann", target, 1000);
+        for round in 0..3 {
+            gate.close();
+            let (status, answer) = planes.ask("GET", "/users", None);
+            assert_eq!(status, 503, "{answer}");
+            moved += transfer(&node, "ann", target, 200_000 + round);
+            let new = json!({ "name": format!("u{round}"), "password": "a long password" });
+            assert_eq!(planes.ask("POST", "/users", Some(&new)).0, 503);
+            moved += transfer(&node, "ann", target, 300_000);
+            gate.open();
+            await_some("answer", || (planes.ask("GET", "/users", None).0 == 200).then_some(()));
+            planes.must("POST", "/users", new);
+        }
+        await_some(&format!("{moved} bytes"), || (planes.used(&id) >= moved).then_some(()));
+        pause(Duration::from_millis(1500));
+        assert_eq!(planes.used(&id), moved);
+        let logs = planes.must("GET", &format!("/logs/access?user_id={id}"), Value::Null);
+        assert_eq!(logs["total"], 1 + 1 + 6);
     });
 }
 

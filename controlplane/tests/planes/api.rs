@@ -144,6 +144,8 @@ fn bad_input_is_told_and_changes_nothing() {
             ("POST", "/users", json!({ "name": "admin", "password": PASSWORD }), 409),
             ("PATCH", "/users/1", json!({ "status": "disabled" }), 409),
             ("DELETE", "/users/1", Value::Null, 409),
+            ("POST", "/users", json!(["a", PASSWORD]), 422),
+            ("PATCH", "/users/1", json!({ "limits": [1, 2] }), 422),
             ("GET", "/users/999999", Value::Null, 404),
             ("GET", "/users/x", Value::Null, 404),
             ("GET", "/users?page=0", Value::Null, 400),
@@ -194,6 +196,8 @@ fn every_change_is_in_the_audit_log() {
     on_each(|planes| {
         let id = planes.user("ann", json!({ "comment": "first" }));
         planes.must("PATCH", &format!("/users/{id}"), json!({ "comment": "second" }));
+        let long = json!({ "action": "deny", "kind": "domain_regex", "value": "a".repeat(1000) });
+        planes.must("POST", "/filters", long);
         let log = planes.must("GET", "/logs/audit?action=user.update", Value::Null);
         let line = &log["items"][0];
         assert_eq!((&line["actor"], &line["subject"]), (&json!("admin"), &json!("ann")));

@@ -8,7 +8,7 @@ use std::{
 
 use serde_json::{Value, json};
 
-use crate::support::{PASSWORD, Planes, await_some, echo, on_each, ping};
+use crate::support::{Node, PASSWORD, Planes, await_some, echo, on_each, on_server, ping};
 
 fn ends_within_a_second(stream: &mut TcpStream, began: Instant) {
     let end = stream.read(&mut [0]);
@@ -118,6 +118,38 @@ fn a_node_serves_from_its_copy_without_the_control_plane() {
         for node in [&node, &fresh] {
             await_some("tunnel", || node.tunnel("bob", target).ok());
         }
+    });
+}
+
+#[test]
+fn two_control_planes_of_one_database_are_one() {
+    on_server(|url, _| {
+        let mut first = Planes::start(Some(url));
+        let second = first.second();
+        let (edge, target) = (first.node("edge"), echo());
+        let other = second.node("other");
+        let id = second.user("ann", json!({}));
+        let began = Instant::now();
+        let tunnel = |node: &Node| await_some("tunnel", || node.tunnel("ann", target).ok());
+        let mut streams = [tunnel(&edge), tunnel(&other)];
+        assert!(began.elapsed() < Duration::from_secs(2), "{:?}", began.elapsed());
+        let online = |planes: &Planes| {
+            let list = planes.must("GET", &format!("/online?user_id={id}"), Value::Null);
+            (list["total"] == 2).then_some(())
+        };
+        await_some("both sessions in both lists", || online(&first).and(online(&second)));
+        let began = Instant::now();
+        first.must("DELETE", &format!("/online/users/{id}"), Value::Null);
+        for stream in &mut streams {
+            assert!(!matches!(stream.read(&mut [0]), Ok(1..)));
+        }
+        assert!(began.elapsed() < Duration::from_secs(2), "{:?}", began.elapsed());
+        // One dies; the other goes on, and its edits are there when the first is back.
+        first.control.kill();
+        second.must("PATCH", &format!("/users/{id}"), json!({ "status": "disabled" }));
+        await_some("refusal", || other.tunnel("ann", target).err());
+        first.restart_control();
+        await_some("refusal", || edge.tunnel("ann", target).err());
     });
 }
 

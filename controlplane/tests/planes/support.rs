@@ -4,11 +4,12 @@ use std::{
     fs,
     io::{BufRead, BufReader, Read, Write},
     net::{Shutdown, SocketAddr, TcpListener, TcpStream},
+    os::unix::net::{UnixListener, UnixStream},
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
     sync::{
-        Mutex,
-        atomic::{AtomicUsize, Ordering::Relaxed},
+        Arc, Mutex,
+        atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed},
         mpsc::{self, Receiver},
     },
     thread,
@@ -121,6 +122,12 @@ pub struct Node {
 /// Runs a test on every database there is.
 pub fn on_each(test: impl Fn(Planes)) {
     test(Planes::start(None));
+    on_server(|url, _| test(Planes::start(Some(url))));
+}
+
+/// Runs a test on the database server, if there is one: with the address of a database of its own, and
+/// the server's socket.
+pub fn on_server(test: impl Fn(String, &str)) {
     if let Ok(server) = std::env::var("TEST_MYSQL") {
         static NUMBER: AtomicUsize = AtomicUsize::new(0);
         let name = format!("t{}_{}", std::process::id(), NUMBER.fetch_add(1, Relaxed));
@@ -130,12 +137,58 @@ pub fn on_each(test: impl Fn(Planes)) {
             let db = sea_orm::Database::connect(&server).await.unwrap();
             db.execute_unprepared(&format!("CREATE DATABASE {name}")).await.unwrap();
         });
-        test(Planes::start(Some(server.replace("/culvert?", &format!("/{name}?")))));
+        let (_, socket) = server.split_once("socket=").unwrap();
+        test(server.replace("/culvert?", &format!("/{name}?")), socket);
+    }
+}
+
+/// A way to the database that can be cut.
+pub struct Gate {
+    pub path: PathBuf,
+    open: Arc<AtomicBool>,
+    streams: Arc<Mutex<Vec<UnixStream>>>,
+}
+
+impl Gate {
+    pub fn before(socket: &str, folder: &Path) -> Self {
+        let path = folder.join("gate");
+        let listener = UnixListener::bind(&path).unwrap();
+        let (open, streams) = (Arc::new(AtomicBool::new(true)), Arc::<Mutex<Vec<_>>>::default());
+        let (is_open, kept, socket) = (open.clone(), streams.clone(), socket.to_owned());
+        thread::spawn(move || {
+            for client in listener.incoming().flatten() {
+                if !is_open.load(Relaxed) {
+                    continue;
+                }
+                let server = UnixStream::connect(&socket).unwrap();
+                let pairs = [(&client, &server), (&server, &client)];
+                for (from, to) in pairs {
+                    let (mut from, mut to) = (from.try_clone().unwrap(), to.try_clone().unwrap());
+                    thread::spawn(move || {
+                        let _ = std::io::copy(&mut from, &mut to);
+                        let _ = to.shutdown(Shutdown::Both);
+                    });
+                }
+                kept.lock().unwrap().extend([client, server]);
+            }
+        });
+        Self { path, open, streams }
+    }
+
+    pub fn close(&self) {
+        self.open.store(false, Relaxed);
+        for stream in self.streams.lock().unwrap().drain(..) {
+            let _ = stream.shutdown(Shutdown::Both);
+        }
+    }
+
+    pub fn open(&self) {
+        self.open.store(true, Relaxed);
     }
 }
 
 impl Planes {
-    fn start(database: Option<String>) -> Self {
+    pub fn start(database: Option<String>) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let (control, api) = Self::start_control(folder.path(), database.as_deref());
         let planes = Self { folder, control, api, token: String::new(), database };
@@ -157,6 +210,18 @@ impl Planes {
         let control = Program::start(program, &["serve", "-c", config.to_str().unwrap()]);
         let api = address_of(&control.await_line("listening"));
         (control, api)
+    }
+
+    /// A second control plane on the same database, with a state directory of its own.
+    pub fn second(&self) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let dir = folder.path().join("control");
+        fs::create_dir_all(&dir).unwrap();
+        // The control planes of one database share this key.
+        fs::copy(self.folder.path().join("control/jwt.key"), dir.join("jwt.key")).unwrap();
+        let (control, api) = Self::start_control(folder.path(), self.database.as_deref());
+        let (token, database) = (self.token.clone(), self.database.clone());
+        Self { folder, control, api, token, database }
     }
 
     pub fn restart_control(&mut self) {
