@@ -135,15 +135,6 @@ async fn list(
     Ok(Json(Page::new(items, total, &paging)))
 }
 
-/// A spreadsheet would run a cell that begins like a formula.
-pub(super) fn cell(text: &str) -> String {
-    if text.starts_with(['=', '+', '-', '@', '\t', '\r']) {
-        format!("'{text}")
-    } else {
-        text.into()
-    }
-}
-
 /// The same as CSV, the first first, streamed.
 #[utoipa::path(get, path = "/logs/access/export.csv", tag = "logs", params(Which),
     responses((status = 200, body = String, content_type = "text/csv"), (status = 400, body = Problem), (status = 401, body = Problem), (status = 503, body = Problem)))]
@@ -153,23 +144,13 @@ async fn export(
     Params(which): Params<Which>,
 ) -> Result<Response> {
     let query = which.query(&caller)?.order_by_asc(log::Column::Id);
-    let (sender, receiver) = tokio::sync::mpsc::channel::<std::io::Result<Vec<u8>>>(2);
-    tokio::spawn(async move {
-        let mut after = 0;
-        let head = "time,node,user,client,target,end,bytes_up,bytes_down\n";
-        let mut sent = sender.send(Ok(head.into())).await;
-        while sent.is_ok() {
-            let part = query.clone().filter(log::Column::Id.gt(after)).limit(PART);
-            let rows = match part.all(app.store.db()).await {
-                Ok(rows) => rows,
-                Err(error) => {
-                    // The client sees that it is not whole.
-                    let _ = sender.send(Err(std::io::Error::other(error.to_string()))).await;
-                    return;
-                }
-            };
-            let Some(last) = rows.last() else { return };
-            after = last.id;
+    let head = "time,node,user,client,target,end,bytes_up,bytes_down\n";
+    let part = move |after: i64| {
+        let (query, app) = (query.clone(), app.clone());
+        async move {
+            let part = query.filter(log::Column::Id.gt(after)).limit(PART);
+            let rows = part.all(app.store.db()).await?;
+            let Some(last) = rows.last().map(|row| row.id) else { return Ok(None) };
             let mut writer = csv::Writer::from_writer(Vec::new());
             for row in rows {
                 let (up, down) = (row.bytes_up.to_string(), row.bytes_down.to_string());
@@ -178,13 +159,49 @@ async fn export(
                 let more = [&cell(&row.target), &row.ended, &up, &down];
                 let _ = writer.write_record(cells.into_iter().chain(more));
             }
-            sent = sender.send(Ok(writer.into_inner().unwrap_or_default())).await;
+            Ok(Some((last, writer.into_inner().unwrap_or_default())))
+        }
+    };
+    Ok(csv_response("access.csv", head, part))
+}
+
+/// Streams a CSV file: the head, then part after part, each asked for by the last number of the one
+/// before. A client whose database fails meanwhile sees that the file is not whole.
+pub(super) fn csv_response<F, P>(name: &'static str, head: &'static str, part: P) -> Response
+where
+    P: Fn(i64) -> F + Send + 'static,
+    F: Future<Output = std::result::Result<Option<(i64, Vec<u8>)>, sea_orm::DbErr>> + Send,
+{
+    let (sender, receiver) = tokio::sync::mpsc::channel::<std::io::Result<Vec<u8>>>(2);
+    tokio::spawn(async move {
+        let (mut after, mut sent) = (0, sender.send(Ok(head.into())).await);
+        while sent.is_ok() {
+            match part(after).await {
+                Ok(None) => return,
+                Ok(Some((last, bytes))) => {
+                    after = last;
+                    sent = sender.send(Ok(bytes)).await;
+                }
+                Err(error) => {
+                    let _ = sender.send(Err(std::io::Error::other(error.to_string()))).await;
+                    return;
+                }
+            }
         }
     });
     let stream = tokio_stream::wrappers::ReceiverStream::new(receiver);
     let headers = [
-        (header::CONTENT_TYPE, "text/csv; charset=utf-8"),
-        (header::CONTENT_DISPOSITION, "attachment; filename=\"access.csv\""),
+        (header::CONTENT_TYPE, "text/csv; charset=utf-8".to_owned()),
+        (header::CONTENT_DISPOSITION, format!("attachment; filename=\"{name}\"")),
     ];
-    Ok((headers, HttpBody::from_stream(stream)).into_response())
+    (headers, HttpBody::from_stream(stream)).into_response()
+}
+
+/// A spreadsheet would run a cell that begins like a formula.
+pub(super) fn cell(text: &str) -> String {
+    if text.starts_with(['=', '+', '-', '@', '\t', '\r']) {
+        format!("'{text}")
+    } else {
+        text.into()
+    }
 }

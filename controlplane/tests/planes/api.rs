@@ -14,6 +14,8 @@ const ROLES: &[(&str, &str, [bool; 3])] = &[
     ("GET", "/auth/me", [false, true, true]),
     ("GET", "/users", [false, false, true]),
     ("POST", "/users", [false, false, true]),
+    ("GET", "/users/export.csv", [false, false, true]),
+    ("POST", "/users/import", [false, false, true]),
     ("GET", "/users/{id}", [false, false, true]),
     ("PATCH", "/users/{id}", [false, false, true]),
     ("DELETE", "/users/{id}", [false, false, true]),
@@ -188,6 +190,29 @@ fn bad_input_is_told_and_changes_nothing() {
             assert!(answer["detail"].as_str().is_some_and(|text| !text.is_empty()), "{answer}");
         }
         assert_eq!(generation(), before);
+    });
+}
+
+#[test]
+fn users_are_imported_together_or_not_at_all() {
+    on_each(|planes| {
+        let import = |text: &str| planes.import("/api/v1/users/import", text);
+        let rows: String = (0..20).map(|i| format!("user{i},a long password,a b,1000\n")).collect();
+        let head = "name,password,groups,quota_bytes\n";
+        let (status, answer) = import(&format!("{head}{rows}"));
+        assert_eq!((status, answer.contains("20")), (201, true), "{answer}");
+        for (text, status, part) in [
+            (format!("{head}new,a long password,,\nuser3,a long password,,\n"), 409, "user3"),
+            (format!("{head}new,short,,\n"), 422, "line 2"),
+            ("name,password,moon\n".to_owned(), 422, "unknown column `moon`"),
+        ] {
+            let (got, answer) = import(&text);
+            assert_eq!((got, answer.contains(part)), (status, true), "{answer}");
+        }
+        assert_eq!(planes.must("GET", "/users?q=new", Value::Null)["total"], 0);
+        let (status, csv) = planes.raw(&planes.token, "GET", "/api/v1/users/export.csv", None);
+        assert_eq!((status, csv.lines().count()), (200, 1 + 1 + 20));
+        assert!(csv.contains("user7,user,active,true,,a b,1000,month,"), "{csv}");
     });
 }
 

@@ -296,7 +296,22 @@ impl Planes {
         (status, serde_json::from_str(&text).unwrap_or(Value::String(text)))
     }
 
+    /// Posts CSV as the admin.
+    pub fn import(&self, path: &str, text: &str) -> (u16, String) {
+        self.send(&self.token, "POST", path, Some(("text/csv", text)))
+    }
+
     pub fn raw(&self, token: &str, method: &str, path: &str, body: Option<&str>) -> (u16, String) {
+        self.send(token, method, path, body.map(|body| ("application/json", body)))
+    }
+
+    fn send(
+        &self,
+        token: &str,
+        method: &str,
+        path: &str,
+        body: Option<(&str, &str)>,
+    ) -> (u16, String) {
         let mut stream = TcpStream::connect(self.api).unwrap();
         stream.set_read_timeout(Some(PATIENCE)).unwrap();
         let login = if token.is_empty() {
@@ -304,11 +319,8 @@ impl Planes {
         } else {
             format!("Authorization: Bearer {token}\r\n")
         };
-        let body = body.map_or(String::new(), |body| {
-            format!(
-                "Content-Type: application/json\r\nContent-Length: {}\r\n\r\n{body}",
-                body.len()
-            )
+        let body = body.map_or(String::new(), |(kind, body)| {
+            format!("Content-Type: {kind}\r\nContent-Length: {}\r\n\r\n{body}", body.len())
         });
         let end = if body.is_empty() { "\r\n" } else { "" };
         write!(
