@@ -163,6 +163,7 @@ pub async fn serve(
     let app = parts(config, store.clone())?;
     app.hub.listen(&config.link_path(), config.link.allow_uids.clone())?;
     tokio::spawn(look(store.clone()));
+    tokio::spawn(periods(store.clone()));
     tokio::spawn(clean(store));
     tracing::info!(address = %listener.local_addr()?, link = %config.link_path().display(), "listening");
     let service = http::router(app).into_make_service_with_connect_info::<std::net::SocketAddr>();
@@ -176,6 +177,35 @@ async fn look(store: Store) {
         tick.tick().await;
         let _ = store.look().await;
     }
+}
+
+/// When a day begins, users whose quota begins anew may log in again: nodes are told of all that have
+/// one. So they are at the start, which may come after a midnight that was missed.
+async fn periods(store: Store) {
+    let mut told = 0;
+    loop {
+        let today = now() / DAY;
+        if today != told {
+            match begin_periods(&store).await {
+                Ok(()) => told = today,
+                Err(error) => {
+                    tracing::warn!(%error, "quotas could not be begun anew; trying again")
+                }
+            }
+        }
+        tokio::time::sleep(Duration::from_secs(1)).await;
+    }
+}
+
+async fn begin_periods(store: &Store) -> Result<(), sea_orm::DbErr> {
+    let metered = user::Entity::find().filter(user::Column::QuotaBytes.is_not_null());
+    let users: Vec<i64> = metered.all(store.db()).await?.iter().map(|user| user.id).collect();
+    if users.is_empty() {
+        return Ok(());
+    }
+    let edit = store.edit(Actor { name: "quota".into(), address: String::new() }).await?;
+    edit.commit(Change::new("user.quota_period", format!("{} users", users.len())).users(users))
+        .await
 }
 
 async fn clean(store: Store) {

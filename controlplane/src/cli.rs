@@ -12,6 +12,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use crate::{
     app,
     auth::{check_password, hash_password},
+    backup,
     config::{Config, LogFormat},
     http,
     store::{
@@ -50,6 +51,16 @@ enum Command {
     },
     /// Print the API's description (OpenAPI 3.1, JSON).
     Openapi,
+    /// Write all that is kept to standard output, but what nodes tell anew.
+    Backup {
+        #[command(flatten)]
+        file: File,
+    },
+    /// Read a backup from standard input into a database without users, of either kind.
+    Restore {
+        #[command(flatten)]
+        file: File,
+    },
     /// Users.
     #[command(subcommand)]
     User(UserCommand),
@@ -136,6 +147,14 @@ fn run(command: Command) -> anyhow::Result<()> {
             }
             Command::Serve { file } => serve(&file.load()?).await,
             Command::Migrate { file } => app::store(&file.load()?).await.map(drop),
+            Command::Backup { file } => {
+                let store = app::store(&file.load()?).await?;
+                backup::write(&store, std::io::BufWriter::new(std::io::stdout().lock())).await
+            }
+            Command::Restore { file } => {
+                let store = app::store(&file.load()?).await?;
+                backup::restore(&store, std::io::stdin().lock()).await
+            }
             Command::User(command) => command.run().await,
             Command::Node(command) => command.run().await,
         }

@@ -51,8 +51,9 @@ const RECORDS: usize = 500;
 const LOOK: Duration = Duration::from_millis(200);
 /// Sessions listed at most.
 const LIVE_MAX: usize = 10_000;
-/// The last report of a boot comes after all others, whatever they were numbered.
-const LAST: u64 = i64::MAX as u64;
+/// The last report of a boot comes after all others, and what its ledger's file says after that.
+const LAST: u64 = RECOVERED - 1;
+const RECOVERED: u64 = i64::MAX as u64;
 
 /// Follows one control plane.
 pub struct Follower {
@@ -268,7 +269,7 @@ impl Follower {
                 };
                 reports.push(link::Report {
                     boot: found.boot,
-                    sequence: LAST,
+                    sequence: RECOVERED,
                     users: found.users.iter().map(usage).collect(),
                     last: true,
                     uncertain: found.uncertain,
@@ -395,7 +396,9 @@ impl Follower {
         peer: &mut Peer,
         last: bool,
     ) -> Result<Option<(u64, Vec<(u64, Bytes)>)>, Gone> {
-        let totals = node.totals().await;
+        // Sessions that were cut may not be over yet; then the ledger's file says the last word.
+        let over = node.sessions_active() == 0;
+        let (totals, whole) = node.totals().await;
         let (sequence, users) = {
             let mut sums = lock(&self.sums);
             for (worker, told) in totals {
@@ -412,6 +415,9 @@ impl Follower {
             sums.sequence += 1;
             (if last { LAST } else { sums.sequence }, users)
         };
+        if last && !(over && whole) {
+            return Err(Gone::Ended);
+        }
         if users.is_empty() && !last {
             return Ok(None);
         }

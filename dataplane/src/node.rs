@@ -355,15 +355,16 @@ impl Node {
     }
 
     /// What users have moved since the start, of those for whom it may have changed since the last
-    /// call: each worker's own sum.
-    pub async fn totals(&self) -> Vec<(usize, Vec<(u64, Bytes)>)> {
-        let mut totals = Vec::new();
+    /// call: each worker's own sum, and whether every worker told.
+    pub async fn totals(&self) -> (Vec<(usize, Vec<(u64, Bytes)>)>, bool) {
+        let (mut totals, mut whole) = (Vec::new(), true);
         for (worker, answer) in self.ask(Message::Totals).into_iter().enumerate() {
-            if let Ok(Ok(sums)) = tokio::time::timeout(ALIVE, answer).await {
-                totals.push((worker, sums));
+            match tokio::time::timeout(ALIVE, answer).await {
+                Ok(Ok(sums)) => totals.push((worker, sums)),
+                _ => whole = false,
             }
         }
-        totals
+        (totals, whole)
     }
 
     /// Ends all sessions of a user.

@@ -8,7 +8,7 @@ macro_rules! table {
         pub mod $module {
             use sea_orm::entity::prelude::*;
 
-            #[derive(Clone, Debug, PartialEq, DeriveEntityModel)]
+            #[derive(Clone, Debug, PartialEq, DeriveEntityModel, serde::Serialize, serde::Deserialize)]
             #[sea_orm(table_name = $name)]
             pub struct Model {
                 $(#[sea_orm(primary_key, auto_increment = $auto)] pub $key: $key_type,)+

@@ -155,6 +155,40 @@ fn a_killed_nodes_running_sessions_are_in_the_bracket() {
     });
 }
 
+/// RELIABILITY D10: a backup of either database, restored into either, and nodes go on with it.
+#[test]
+fn a_backup_is_restored_into_either_database() {
+    on_each(|mut planes| {
+        let target = echo();
+        let node = planes.node("edge");
+        let id = planes.user("ann", json!({ "groups": ["staff"], "comment": "ü" }));
+        await_some("tunnel", || node.tunnel("ann", target).ok());
+        let moved = transfer(&node, "ann", target, 5000);
+        await_some("bytes", || (planes.used(&id) == moved).then_some(()));
+        await_some("records", || {
+            let logs = planes.must("GET", "/logs/access", Value::Null);
+            (logs["total"].as_u64() >= Some(2)).then_some(())
+        });
+        let user = planes.must("GET", &format!("/users/{id}"), Value::Null);
+        let (ok, backup) = planes.command(&["backup"], "");
+        assert!(ok && backup.lines().count() > 5, "{backup}");
+        // What came after the backup is gone; what is restored twice, or half, is refused.
+        planes.user("late", json!({}));
+        await_some("tunnel", || node.tunnel("late", target).ok());
+        assert!(!planes.command(&["restore"], &backup).0);
+        planes.control.terminate();
+        planes.forget_database();
+        assert!(!planes.command(&["restore"], &backup[..backup.len() / 2]).0);
+        let (ok, said) = planes.command(&["restore"], &backup);
+        assert!(ok, "{said}");
+        planes.restart_control();
+        assert_eq!(planes.must("GET", &format!("/users/{id}"), Value::Null), user);
+        await_some("refusal", || node.tunnel("late", target).err());
+        transfer(&node, "ann", target, 700);
+        await_some("bytes", || (planes.used(&id) == moved + 1400).then_some(()));
+    });
+}
+
 #[test]
 fn a_spent_quota_ends_the_users_sessions_and_a_reset_gives_it_back() {
     on_each(|planes| {

@@ -128,18 +128,24 @@ pub fn on_each(test: impl Fn(Planes)) {
 /// Runs a test on the database server, if there is one: with the address of a database of its own, and
 /// the server's socket.
 pub fn on_server(test: impl Fn(String, &str)) {
-    if let Ok(server) = std::env::var("TEST_MYSQL") {
-        static NUMBER: AtomicUsize = AtomicUsize::new(0);
-        let name = format!("t{}_{}", std::process::id(), NUMBER.fetch_add(1, Relaxed));
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-        runtime.block_on(async {
-            use sea_orm::ConnectionTrait;
-            let db = sea_orm::Database::connect(&server).await.unwrap();
-            db.execute_unprepared(&format!("CREATE DATABASE {name}")).await.unwrap();
-        });
-        let (_, socket) = server.split_once("socket=").unwrap();
-        test(server.replace("/culvert?", &format!("/{name}?")), socket);
+    if let Some((url, socket)) = new_database() {
+        test(url, &socket);
     }
+}
+
+/// The address of a new database on the server, and the server's socket, if there is a server.
+fn new_database() -> Option<(String, String)> {
+    static NUMBER: AtomicUsize = AtomicUsize::new(0);
+    let server = std::env::var("TEST_MYSQL").ok()?;
+    let name = format!("t{}_{}", std::process::id(), NUMBER.fetch_add(1, Relaxed));
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    runtime.block_on(async {
+        use sea_orm::ConnectionTrait;
+        let db = sea_orm::Database::connect(&server).await.unwrap();
+        db.execute_unprepared(&format!("CREATE DATABASE {name}")).await.unwrap();
+    });
+    let (_, socket) = server.split_once("socket=").unwrap();
+    Some((server.replace("/culvert?", &format!("/{name}?")), socket.to_owned()))
 }
 
 /// A way to the database that can be cut.
@@ -222,6 +228,49 @@ impl Planes {
         let (control, api) = Self::start_control(folder.path(), self.database.as_deref());
         let (token, database) = (self.token.clone(), self.database.clone());
         Self { folder, control, api, token, database }
+    }
+
+    /// Runs a command of the control plane; whether it succeeded, and what it said.
+    pub fn command(&self, words: &[&str], input: &str) -> (bool, String) {
+        let mut child = Command::new(env!("CARGO_BIN_EXE_culvert-control"))
+            .args(words)
+            .arg("-c")
+            .arg(self.folder.path().join("control.toml"))
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut stdin = child.stdin.take().unwrap();
+        let input = input.to_owned();
+        let writer = thread::spawn(move || stdin.write_all(input.as_bytes()));
+        let output = child.wait_with_output().unwrap();
+        let _ = writer.join().unwrap();
+        let said = [output.stdout, output.stderr].concat();
+        (output.status.success(), String::from_utf8_lossy(&said).into_owned())
+    }
+
+    /// Goes on with an empty database: of the other kind, if there is a server.
+    pub fn forget_database(&mut self) {
+        let dir = self.folder.path().join("control");
+        for file in fs::read_dir(dir).unwrap().flatten() {
+            if file.file_name().to_string_lossy().starts_with("culvert.db") {
+                fs::remove_file(file.path()).unwrap();
+            }
+        }
+        let mut other = None;
+        if self.database.take().is_none() {
+            other = new_database().map(|(url, _)| url);
+        }
+        self.database = other;
+        let url = self
+            .database
+            .as_ref()
+            .map_or(String::new(), |url| format!("[database]\nurl = '{url}'\n"));
+        let config = self.folder.path().join("control.toml");
+        let text = fs::read_to_string(&config).unwrap();
+        let head = text.split("[database]").next().unwrap();
+        fs::write(&config, format!("{head}{url}")).unwrap();
     }
 
     pub fn restart_control(&mut self) {

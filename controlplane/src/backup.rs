@@ -1,0 +1,144 @@
+//! Backups: all tables as lines of JSON, the same from SQLite and from MySQL, so that one can be
+//! restored into the other.
+
+use std::io::{BufRead, Write};
+
+use anyhow::Context;
+use sea_orm::{
+    ActiveModelTrait, ConnectionTrait, EntityName, EntityTrait, FromQueryResult, IntoActiveModel,
+    Iterable, ModelTrait, PaginatorTrait, PrimaryKeyToColumn, QueryOrder, QuerySelect, Statement,
+    TransactionTrait,
+};
+use serde::{Serialize, de::DeserializeOwned};
+use serde_json::{Value, json};
+
+use crate::store::{Store, entity};
+
+/// Rows read and written at once.
+const PART: u64 = 500;
+/// The first line's format.
+const FORMAT: u64 = 1;
+/// Nodes may have followed later generations than the backup's; the restored one is beyond them.
+const AHEAD: i64 = 1_000_000_000;
+
+/// Calls a macro with every table that is kept. What nodes tell anew is not.
+macro_rules! tables {
+    ($call:ident) => {
+        $call!(
+            head,
+            user,
+            bandwidth_limit,
+            url_filter,
+            whitelist,
+            rule,
+            setting,
+            node,
+            access_log,
+            report,
+            node_usage,
+            traffic,
+            usage,
+            audit
+        )
+    };
+}
+
+/// Writes a backup.
+///
+/// # Errors
+/// The database or the writer fails.
+pub async fn write(store: &Store, mut to: impl Write) -> anyhow::Result<()> {
+    // One transaction sees one state.
+    let db = store.db().begin().await?;
+    writeln!(to, "{}", json!({ "culvert": "backup", "format": FORMAT }))?;
+    macro_rules! all {
+        ($($table:ident),*) => { $(dump::<entity::$table::Entity>(&db, &mut to).await?;)* };
+    }
+    tables!(all);
+    writeln!(to, "{}", json!({ "end": true }))?;
+    db.commit().await?;
+    to.flush()?;
+    Ok(())
+}
+
+async fn dump<E>(db: &impl ConnectionTrait, to: &mut impl Write) -> anyhow::Result<()>
+where
+    E: EntityTrait,
+    E::Model: FromQueryResult + Serialize + Send + Sync,
+{
+    let table = E::default();
+    let mut query = E::find();
+    for key in E::PrimaryKey::iter() {
+        query = query.order_by_asc(key.into_column());
+    }
+    for part in 0.. {
+        let rows = query.clone().limit(PART).offset(part * PART).all(db).await?;
+        if rows.is_empty() {
+            return Ok(());
+        }
+        for row in rows {
+            writeln!(to, "{}", json!({ "table": table.table_name(), "row": row }))?;
+        }
+    }
+    Ok(())
+}
+
+/// Restores a backup into a database without users.
+///
+/// # Errors
+/// There are users, the backup is not whole or of another version, or the database fails; nothing has
+/// changed then.
+pub async fn restore(store: &Store, from: impl BufRead) -> anyhow::Result<()> {
+    if entity::user::Entity::find().count(store.db()).await? > 0 {
+        anyhow::bail!("this database has users already; restore into an empty one");
+    }
+    let db = store.db().begin().await?;
+    entity::head::Entity::delete_many().exec(&db).await?;
+    let mut lines = from.lines();
+    let first: Value = serde_json::from_str(&lines.next().context("an empty file")??)
+        .context("line 1: not a backup")?;
+    if first["culvert"] != "backup" || first["format"] != FORMAT {
+        anyhow::bail!("line 1: not a backup this version can read");
+    }
+    let mut whole = false;
+    for (index, line) in lines.enumerate() {
+        let number = index + 2;
+        let mut line: Value = serde_json::from_str(&line?)
+            .with_context(|| format!("line {number}: it is broken here"))?;
+        if line["end"] == true {
+            whole = true;
+            continue;
+        }
+        let row = line["row"].take();
+        let table = line["table"].as_str().unwrap_or_default();
+        macro_rules! each {
+            ($($table:ident),*) => {
+                $(if table == entity::$table::Entity.table_name() {
+                    put::<entity::$table::Entity>(&db, row)
+                        .await
+                        .with_context(|| format!("line {number}"))?;
+                    continue;
+                })*
+            };
+        }
+        tables!(each);
+        anyhow::bail!("line {number}: unknown table {table:?}");
+    }
+    anyhow::ensure!(whole, "the backup is cut short");
+    let ahead = format!("UPDATE head SET generation = generation + {AHEAD}");
+    db.execute_raw(Statement::from_string(db.get_database_backend(), ahead)).await?;
+    db.commit().await?;
+    Ok(())
+}
+
+async fn put<E>(db: &impl ConnectionTrait, row: Value) -> anyhow::Result<()>
+where
+    E: EntityTrait,
+    E::Model: DeserializeOwned + ModelTrait<Entity = E> + IntoActiveModel<E::ActiveModel>,
+    E::ActiveModel: Send,
+{
+    let model: E::Model = serde_json::from_value(row)?;
+    let row = model.into_active_model().reset_all();
+    E::insert(row).exec_without_returning(db).await?;
+    Ok(())
+}
