@@ -121,7 +121,7 @@ pub fn new_user(name: &str, hash: &str, role: &str) -> user::ActiveModel {
         quota_bytes: Set(None),
         quota_period: Set(None),
         comment: Set(String::new()),
-        token_epoch: Set(1),
+        token_epoch: Set(now()),
         totp_secret: Set(None),
         created_at: Set(now()),
         updated_at: Set(now()),

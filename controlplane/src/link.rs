@@ -10,13 +10,13 @@ use std::{
     time::Duration,
 };
 
-use culvert_api::link::{self, Decoder, Down, Up, command, down, encode, up};
+use culvert_api::link::{self, Decoder, Down, FRAME_MAX, Up, command, down, encode, up};
 use sea_orm::{
     ActiveModelTrait, ColumnTrait, DbErr, EntityTrait, IntoActiveModel, QueryFilter, QueryOrder,
     Set, TransactionTrait,
 };
 use tokio::{
-    io::{AsyncReadExt, AsyncWriteExt},
+    io::{AsyncReadExt, Interest},
     net::{UnixListener, UnixStream},
     sync::watch,
     time::{Instant, timeout},
@@ -202,6 +202,10 @@ impl Hub {
                 received = peer.receive() => {
                     heard = Instant::now();
                     if let Some(body) = received? {
+                        if matches!(body, up::Body::Refused(_)) {
+                            // The next edit goes out as a whole snapshot: the node has not this one.
+                            known = 0;
+                        }
                         self.heard(peer, node, body).await?;
                     }
                 }
@@ -453,9 +457,32 @@ impl Peer {
     async fn send(&mut self, body: down::Body) -> Result<(), Gone> {
         self.out.clear();
         encode(&Down { body: Some(body) }, &mut self.out);
-        match timeout(SEND, self.stream.write_all(&self.out)).await {
-            Ok(sent) => Ok(sent?),
-            Err(_) => Err(Gone::Refused("it takes nothing for 30 s".into())),
+        let mut sent = 0;
+        while sent < self.out.len() {
+            // Both sides may be writing: one that does not read meanwhile would wait for ever.
+            let room = self.decoder.waiting() < FRAME_MAX;
+            let interest =
+                if room { Interest::READABLE | Interest::WRITABLE } else { Interest::WRITABLE };
+            let Ok(ready) = timeout(SEND, self.stream.ready(interest)).await else {
+                return Err(Gone::Refused("it takes nothing for 30 s".into()));
+            };
+            let ready = ready?;
+            if ready.is_writable() {
+                match self.stream.try_write(&self.out[sent..]) {
+                    Ok(more) => sent += more,
+                    Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                    Err(error) => return Err(error.into()),
+                }
+            }
+            if room && ready.is_readable() {
+                match self.stream.try_read(&mut self.bytes) {
+                    Ok(0) => return Err(io::Error::from(io::ErrorKind::UnexpectedEof).into()),
+                    Ok(received) => self.decoder.push(&self.bytes[..received]),
+                    Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                    Err(error) => return Err(error.into()),
+                }
+            }
         }
+        Ok(())
     }
 }

@@ -93,6 +93,9 @@ pub async fn delta(store: &Store, base: u64) -> Result<Option<link::Delta>, DbEr
         .await?;
     let oldest =
         change::Entity::find().order_by_asc(change::Column::Generation).limit(1).one(&db).await?;
+    if changes.len() >= 2 * DELTA_MAX {
+        return Ok(None);
+    }
     // Changes are kept for a while only.
     let known = oldest.is_some_and(|oldest| oldest.generation.cast_unsigned() <= base + 1);
     let ids: BTreeSet<i64> = changes.iter().map(|change| change.user_id).collect();
@@ -125,13 +128,19 @@ async fn policy(db: &impl ConnectionTrait) -> Result<Vec<u8>, DbErr> {
     crate::http::settings_of(db).await?.apply(&mut policy);
     let filters = url_filter::Entity::find().filter(url_filter::Column::Enabled.eq(true));
     let filters = filters.order_by_asc(url_filter::Column::Id).all(db).await?;
-    policy.filter = filters.iter().filter_map(|row| crate::http::filter_of(row).ok()).collect();
+    // One that is left out might be the one that refuses: rather nothing new than that.
+    let unreadable = |reason: String| DbErr::Custom(format!("a row that is no policy: {reason}"));
+    let filters = filters.iter().map(crate::http::filter_of).collect::<Result<_, _>>();
+    policy.filter = filters.map_err(unreadable)?;
     let rules = rule::Entity::find().filter(rule::Column::Enabled.eq(true));
     let rules = rules.order_by_asc(rule::Column::Position).order_by_asc(rule::Column::Id);
     let rules = rules.all(db).await?;
-    policy.rule = rules.iter().filter_map(|row| crate::http::rule_of(row).ok()).collect();
+    let rules = rules.iter().map(crate::http::rule_of).collect::<Result<_, _>>();
+    policy.rule = rules.map_err(unreadable)?;
     let clients = whitelist::Entity::find().all(db).await?;
-    let clients: Vec<_> = clients.iter().filter_map(|row| row.cidr.parse().ok()).collect();
+    let clients = clients.iter().map(|row| row.cidr.parse::<ipnet::IpNet>());
+    let clients = clients.collect::<Result<Vec<_>, _>>();
+    let clients = clients.map_err(|error| unreadable(error.to_string()))?;
     policy.whitelist = (!clients.is_empty()).then_some(clients);
     Ok(serde_json::to_vec(&policy).unwrap_or_default())
 }

@@ -16,8 +16,10 @@ use crate::store::{
 };
 
 const SECOND: i64 = 1_000_000;
+/// The period that never ends; it can be begun anew, what was moved since ever cannot.
+pub const TOTAL: i64 = 1;
 
-/// When the present period of a quota began (microseconds since 1970, UTC); 0 is since ever.
+/// When the present period of a quota began (microseconds since 1970, UTC); 0 without a period.
 pub fn period_start(period: Option<&str>, now: i64) -> i64 {
     let Ok(time) = OffsetDateTime::from_unix_timestamp(now / SECOND) else { return 0 };
     let midnight = time.replace_time(time::Time::MIDNIGHT);
@@ -27,6 +29,7 @@ pub fn period_start(period: Option<&str>, now: i64) -> i64 {
             midnight - Duration::days(i64::from(time.weekday().number_days_from_monday()))
         }
         Some("month") => midnight.replace_day(1).unwrap_or(midnight),
+        Some("total") => return TOTAL,
         _ => return 0,
     };
     start.unix_timestamp() * SECOND
@@ -59,6 +62,16 @@ async fn apply_once(
 ) -> Result<Vec<i64>, DbErr> {
     let (boot, sequence) = (said.boot.cast_signed(), said.sequence.cast_signed());
     let key = (node, boot);
+    // The row's lock first: what is read afterwards is what the report before left.
+    let backend = db.get_database_backend();
+    let over = match backend {
+        DatabaseBackend::MySql => "ON DUPLICATE KEY UPDATE uncertain = uncertain",
+        _ => "ON CONFLICT (node_id, boot) DO UPDATE SET uncertain = uncertain",
+    };
+    let sql = format!(
+        "INSERT INTO reports (node_id, boot, sequence, records, uncertain) VALUES ({node}, {boot}, -1, 0, 0) {over}"
+    );
+    db.execute_raw(Statement::from_string(backend, sql)).await?;
     let known = report::Entity::find_by_id(key).one(db).await?;
     if known.as_ref().is_some_and(|known| known.sequence >= sequence) {
         return Ok(Vec::new());
@@ -237,6 +250,6 @@ mod tests {
         assert_eq!(day("day"), 1_795_219_200);
         assert_eq!(day("week"), 1_795_219_200 - 5 * 86_400);
         assert_eq!(day("month"), 1_795_219_200 - 20 * 86_400);
-        assert_eq!((day("total"), period_start(None, now)), (0, 0));
+        assert_eq!((period_start(Some("total"), now), period_start(None, now)), (TOTAL, 0));
     }
 }

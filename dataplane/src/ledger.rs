@@ -113,6 +113,7 @@ impl Ledger {
         let mut sums: HashMap<u64, Bytes, ahash::RandomState> = HashMap::default();
         for index in grown.into_iter().chain(live().map(|(index, _)| index)) {
             let total = &totals[index as usize];
+            total.listed.store(0, Relaxed);
             sums.insert(total.user.load(Relaxed), total.read());
         }
         for (index, done) in live() {
@@ -165,7 +166,9 @@ impl Meter {
             let before = total.read();
             slot.closing(index, before);
             total.write([before[0] + done[0], before[1] + done[1]]);
-            self.ledger.grown.borrow_mut().push(index);
+            if total.listed.swap(1, Relaxed) == 0 {
+                self.ledger.grown.borrow_mut().push(index);
+            }
         }
         let settled = self.settled.get();
         self.settled.set([settled[0] + done[0], settled[1] + done[1]]);

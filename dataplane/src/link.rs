@@ -17,11 +17,11 @@ use std::{
 };
 
 use culvert_api::{
-    link::{self, Decoder, Down, FrameError, Up, command, down, encode, up},
+    link::{self, Decoder, Down, FRAME_MAX, FrameError, Up, command, down, encode, up},
     policy::Policy,
 };
 use tokio::{
-    io::{AsyncReadExt, AsyncWriteExt},
+    io::{AsyncReadExt, Interest},
     net::UnixStream,
     sync::Notify,
     time::{Instant, MissedTickBehavior, interval, timeout},
@@ -79,6 +79,8 @@ struct Sums {
     all: HashMap<u64, Bytes>,
     acknowledged: HashMap<u64, Bytes>,
     sequence: u64,
+    /// A worker did not tell in time; what it had to tell is in the ledger's file only.
+    missed: bool,
 }
 
 /// How far the end of the node is.
@@ -144,6 +146,12 @@ impl Follower {
         (copy.generation > 0).then(|| copy.policy())
     }
 
+    /// The copy cannot be used: a whole snapshot is wanted.
+    pub fn forget(&self) {
+        lock(&self.copy).generation = 0;
+        self.generation.store(0, Relaxed);
+    }
+
     /// The node has drained: one more report, and no more.
     pub fn finish(&self) {
         self.ending.notify_one();
@@ -203,6 +211,9 @@ impl Follower {
             _ => return Err(Gone::Silent),
         }
         tracing::info!(socket = %self.socket.display(), "control plane connected");
+        // The sums are those since the start: all of them once more do no harm, should the other side
+        // have lost what it acknowledged.
+        lock(&self.sums).acknowledged.clear();
         self.send_left(peer).await?;
 
         let mut report = interval(REPORT);
@@ -375,10 +386,11 @@ impl Follower {
         }
         {
             let mut copy = lock(&self.copy);
-            if let Err(error) = next.keep() {
-                tracing::warn!(%error, "the policy is in force, but its copy could not be written");
-            }
             *copy = next;
+            if let Err(error) = copy.keep() {
+                tracing::warn!(%error, "the policy is in force, but its copy could not be written");
+                copy.write_anew();
+            }
         }
         self.generation.store(generation, Relaxed);
         tracing::info!(
@@ -399,7 +411,7 @@ impl Follower {
         // Sessions that were cut may not be over yet; then the ledger's file says the last word.
         let over = node.sessions_active() == 0;
         let (totals, whole) = node.totals().await;
-        let (sequence, users) = {
+        let (sequence, users, missed) = {
             let mut sums = lock(&self.sums);
             for (worker, told) in totals {
                 for (user, sum) in told {
@@ -413,9 +425,10 @@ impl Follower {
             };
             let users: Vec<(u64, Bytes)> = sums.all.iter().filter_map(changed).collect();
             sums.sequence += 1;
-            (if last { LAST } else { sums.sequence }, users)
+            sums.missed |= !whole;
+            (if last { LAST } else { sums.sequence }, users, sums.missed)
         };
-        if last && !(over && whole) {
+        if last && (missed || !over) {
             return Err(Gone::Ended);
         }
         if users.is_empty() && !last {
@@ -503,9 +516,32 @@ impl Peer {
     async fn send(&mut self, body: up::Body) -> Result<(), Gone> {
         self.out.clear();
         encode(&Up { body: Some(body) }, &mut self.out);
-        match timeout(SEND, self.stream.write_all(&self.out)).await {
-            Ok(sent) => Ok(sent?),
-            Err(_) => Err(Gone::Silent),
+        let mut sent = 0;
+        while sent < self.out.len() {
+            // Both sides may be writing: one that does not read meanwhile would wait for ever.
+            let room = self.decoder.waiting() < FRAME_MAX;
+            let interest =
+                if room { Interest::READABLE | Interest::WRITABLE } else { Interest::WRITABLE };
+            let Ok(ready) = timeout(SEND, self.stream.ready(interest)).await else {
+                return Err(Gone::Silent);
+            };
+            let ready = ready?;
+            if ready.is_writable() {
+                match self.stream.try_write(&self.out[sent..]) {
+                    Ok(more) => sent += more,
+                    Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                    Err(error) => return Err(error.into()),
+                }
+            }
+            if room && ready.is_readable() {
+                match self.stream.try_read(&mut self.bytes) {
+                    Ok(0) => return Err(io::Error::from(io::ErrorKind::UnexpectedEof).into()),
+                    Ok(received) => self.decoder.push(&self.bytes[..received]),
+                    Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                    Err(error) => return Err(error.into()),
+                }
+            }
         }
+        Ok(())
     }
 }

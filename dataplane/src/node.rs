@@ -19,7 +19,10 @@ use std::{
 
 use arc_swap::ArcSwap;
 use crossbeam::queue::ArrayQueue;
-use culvert_api::{Place, Problem, policy::Policy};
+use culvert_api::{
+    Place, Problem,
+    policy::{Access, Policy},
+};
 use culvert_rt::{
     Driver, ListenerOptions, Runtime, RuntimeOptions, Sender, bind_listener, mailbox,
     probe_listener,
@@ -175,9 +178,21 @@ impl Node {
         if let Some(follower) = &follower {
             config.policy = follower.policy().unwrap_or(config.policy);
         }
+        let snapshot = match compile(&config.policy, config.settings.clone(), own.clone(), 1, None)
+        {
+            Ok(snapshot) => snapshot,
+            Err(problems) => {
+                let problems = crate::log::problems(&problems);
+                let Some(follower) = &follower else { anyhow::bail!(problems) };
+                // Another version's copy must not keep this one from asking for a good policy.
+                tracing::error!(%problems, "the copy of the policy is of no use; nobody may log in");
+                follower.forget();
+                config.policy = Policy { default: Access::Deny, ..Policy::default() };
+                let empty = compile(&config.policy, config.settings.clone(), own.clone(), 1, None);
+                empty.map_err(|problems| anyhow::anyhow!("{}", crate::log::problems(&problems)))?
+            }
+        };
         let config = &config;
-        let snapshot = compile(&config.policy, config.settings.clone(), own.clone(), 1, None)
-            .map_err(|problems| anyhow::anyhow!("{}", crate::log::problems(&problems)))?;
         let map = Map::new(dir, boot, config.workers, sessions_max(None) + SLOTS_SPARE).map_err(
             |error| {
                 let what = dir.map_or("memory".into(), |dir| dir.display().to_string());

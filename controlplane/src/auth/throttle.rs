@@ -21,6 +21,19 @@ enum Key {
     User(String),
 }
 
+impl Key {
+    /// IPv6 clients have networks of 64 bits.
+    fn of(address: IpAddr) -> Self {
+        match address {
+            IpAddr::V6(address) => {
+                let network = address.to_bits() >> 64 << 64;
+                Self::Address(std::net::Ipv6Addr::from_bits(network).into())
+            }
+            address => Self::Address(address),
+        }
+    }
+}
+
 /// Remembers failed logins.
 #[derive(Default)]
 pub struct LoginThrottle {
@@ -34,27 +47,33 @@ impl LoginThrottle {
         let now = Instant::now();
         if failures.len() >= KEYS_MAX {
             failures.retain(|_, (_, since)| now.duration_since(*since) < SPAN);
-            if failures.len() >= KEYS_MAX {
-                failures.clear();
-            }
         }
-        let keys = [(Key::Address(address), FAILURES.0), (Key::User(user.to_owned()), FAILURES.1)];
-        let mut allowed = true;
+        if failures.len() >= KEYS_MAX {
+            // The oldest half makes room.
+            let mut times: Vec<Instant> = failures.values().map(|(_, since)| *since).collect();
+            times.sort_unstable();
+            let middle = times[times.len() / 2];
+            failures.retain(|_, (_, since)| *since > middle);
+        }
+        let keys = [(Key::of(address), FAILURES.0), (Key::User(user.to_owned()), FAILURES.1)];
         for (key, max) in keys {
             let (count, since) = failures.entry(key).or_insert((0, now));
             if now.duration_since(*since) >= SPAN {
                 (*count, *since) = (0, now);
             }
             *count += 1;
-            allowed &= *count <= max;
+            // A refused address costs no user anything.
+            if *count > max {
+                return false;
+            }
         }
-        allowed
+        true
     }
 
     /// A try was right.
     pub fn forgive(&self, address: IpAddr, user: &str) {
         let Ok(mut failures) = self.failures.lock() else { return };
-        failures.remove(&Key::Address(address));
+        failures.remove(&Key::of(address));
         failures.remove(&Key::User(user.to_owned()));
     }
 }

@@ -66,7 +66,7 @@ async fn list(
     if let Some(action) = &which.action {
         query = query.filter(audit::Column::Action.eq(action));
     }
-    if let Some(part) = &which.q {
+    if let Some(part) = super::users::short(which.q.as_ref())? {
         query = query.filter(audit::Column::Subject.contains(part));
     }
     let total = query.clone().count(app.store.db()).await?;

@@ -4,7 +4,7 @@ use axum::{
     Json,
     http::{HeaderMap, HeaderValue, StatusCode, header},
 };
-use sea_orm::{ActiveModelTrait, ColumnTrait, EntityTrait, IntoActiveModel, QueryFilter, Set};
+use sea_orm::{ColumnTrait, EntityTrait, ExprTrait, QueryFilter, Set, sea_query::Expr};
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 use utoipa_axum::{router::OpenApiRouter, routes};
@@ -77,12 +77,13 @@ fn cookie_of(headers: &HeaderMap) -> Option<&str> {
     })
 }
 
-async fn grant(app: &App, user: &user::Model, family: String) -> Result<Granted> {
+async fn grant(app: &App, user: &user::Model) -> Result<Granted> {
     let token = RefreshToken::random();
     let row = refresh::ActiveModel {
         hash: Set(token.hash),
         user_id: Set(user.id),
-        family: Set(family),
+        // Whatever voids the access token voids this one.
+        family: Set(user.token_epoch.to_string()),
         used: Set(false),
         expires_at: Set(now() + app.refresh_life),
     };
@@ -111,6 +112,9 @@ async fn login(
     Body(login): Body<Login>,
 ) -> Result<Granted> {
     let wrong = || Problem::anonymous("wrong user name or password");
+    if login.username.len() > 255 {
+        return Err(wrong());
+    }
     if !app.throttle.begin(from.0, &login.username) {
         let detail = "too many failed logins; wait five minutes";
         return Err(Problem::new(StatusCode::TOO_MANY_REQUESTS, detail));
@@ -123,13 +127,12 @@ async fn login(
     }
     let user = user.filter(is_active).ok_or_else(wrong)?;
     app.throttle.forgive(from.0, &login.username);
-    let family = RefreshToken::random().hash;
-    grant(&app, &user, family).await
+    grant(&app, &user).await
 }
 
 /// Renew the access token by the cookie, which is replaced.
 ///
-/// A cookie that was used before was stolen, or its answer lost: all of its line are void then.
+/// A cookie that was used before was stolen, or its answer lost: all tokens of the user are void then.
 #[utoipa::path(post, path = "/auth/refresh", tag = "auth", security(()),
     responses((status = 200, body = Access), (status = 401, body = Problem), (status = 503, body = Problem)))]
 async fn renew(
@@ -147,14 +150,21 @@ async fn renew(
         .filter(refresh::Column::Used.eq(false))
         .exec(db)
         .await?;
-    if turned.rows_affected == 0 || token.expires_at <= now() {
-        let family = refresh::Entity::delete_many();
-        family.filter(refresh::Column::Family.eq(token.family)).exec(db).await?;
+    if turned.rows_affected == 0 {
+        // Used before: stolen, or its answer was lost. Every token of the user is void.
+        user::Entity::update_many()
+            .col_expr(user::Column::TokenEpoch, Expr::col(user::Column::TokenEpoch).add(1))
+            .filter(user::Column::Id.eq(token.user_id))
+            .exec(db)
+            .await?;
         return Err(expired());
     }
     let user = user::Entity::find_by_id(token.user_id).one(db).await?;
-    let user = user.filter(is_active).ok_or_else(expired)?;
-    grant(&app, &user, token.family).await
+    let good = |user: &user::Model| {
+        is_active(user) && token.family == user.token_epoch.to_string() && token.expires_at > now()
+    };
+    let user = user.filter(good).ok_or_else(expired)?;
+    grant(&app, &user).await
 }
 
 /// Log out: every token of the user is void.
@@ -166,9 +176,11 @@ async fn logout(
 ) -> Result<(StatusCode, HeaderMap)> {
     let edit = app.store.edit(caller.actor()).await?;
     let db = edit.db();
-    let mut user = caller.user.clone().into_active_model();
-    user.token_epoch = Set(caller.user.token_epoch + 1);
-    user.update(db).await?;
+    user::Entity::update_many()
+        .col_expr(user::Column::TokenEpoch, Expr::col(user::Column::TokenEpoch).add(1))
+        .filter(user::Column::Id.eq(caller.user.id))
+        .exec(db)
+        .await?;
     let tokens = refresh::Entity::delete_many();
     tokens.filter(refresh::Column::UserId.eq(caller.user.id)).exec(db).await?;
     edit.commit(Change::new("auth.logout", &caller.user.name)).await?;

@@ -193,7 +193,7 @@ async fn list(
 ) -> Result<Json<Page<FilterView>>> {
     let (size, skip) = paging.bounds()?;
     let mut query = filter::Entity::find();
-    if let Some(part) = &which.q {
+    if let Some(part) = super::users::short(which.q.as_ref())? {
         query = query.filter(filter::Column::Value.contains(part));
     }
     if let Some(action) = which.action {

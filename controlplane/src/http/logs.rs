@@ -97,7 +97,7 @@ impl Which {
         if let Some(user) = &self.user_id {
             query = query.filter(log::Column::UserId.eq(user.parse::<i64>().unwrap_or(-1)));
         }
-        if let Some(target) = &self.target {
+        if let Some(target) = super::users::short(self.target.as_ref())? {
             query = query.filter(log::Column::Target.contains(target));
         }
         if let Some(end) = &self.end {

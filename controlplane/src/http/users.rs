@@ -151,6 +151,16 @@ impl UserLimits {
     }
 }
 
+/// What is searched for; databases refuse long patterns.
+pub(super) fn short(text: Option<&String>) -> Result<Option<&String>> {
+    match text {
+        Some(text) if text.len() > 255 => {
+            Err(Problem::new(StatusCode::BAD_REQUEST, "at most 255 bytes can be searched for"))
+        }
+        text => Ok(text),
+    }
+}
+
 /// A network as text, or one address.
 pub(super) fn network(text: &str) -> Result<ipnet::IpNet> {
     text.parse::<ipnet::IpNet>()
@@ -292,7 +302,7 @@ async fn list(
 ) -> Result<Json<Page<UserView>>> {
     let (size, skip) = paging.bounds()?;
     let mut query = user::Entity::find();
-    if let Some(part) = &which.q {
+    if let Some(part) = short(which.q.as_ref())? {
         query = query.filter(user::Column::Name.contains(part));
     }
     if let Some(status) = which.status {
@@ -360,11 +370,14 @@ struct NewUser {
 
 pub(crate) fn check_name(name: &str) -> Result<()> {
     let fits = (1..=255).contains(&name.len())
+        && !name.ends_with(' ')
         && !name.chars().any(|letter| letter.is_control() || letter == ':');
     if fits {
         Ok(())
     } else {
-        Err(Problem::invalid("names have 1 to 255 bytes without control characters and colons"))
+        Err(Problem::invalid(
+            "names have 1 to 255 bytes, no control characters, no colons and no space at the end",
+        ))
     }
 }
 
@@ -402,7 +415,9 @@ fn apply_limits(row: &mut user::ActiveModel, limits: &UserLimits) {
     row.sessions = Set(limits.sessions);
     row.new_sessions_per_second = Set(limits.new_sessions_per_second);
     row.devices = Set(limits.devices);
-    row.source_addresses = Set(json(&limits.source_addresses));
+    let networks = limits.source_addresses.iter().filter_map(|text| network(text).ok());
+    let networks: Vec<String> = networks.map(|net| net.to_string()).collect();
+    row.source_addresses = Set(json(&networks));
     row.egress_address = Set(limits.egress_address.clone());
     row.quota_bytes = Set(limits.quota_bytes);
     let period = limits.quota_bytes.and(limits.quota_period.or(Some(Period::Month)));
@@ -463,7 +478,7 @@ async fn create(
         expires_at: Set(expires_at),
         groups: Set(json(&new.groups)),
         comment: Set(new.comment.clone()),
-        token_epoch: Set(1),
+        token_epoch: Set(now()),
         totp_secret: Set(None),
         created_at: Set(now()),
         updated_at: Set(now()),
@@ -558,6 +573,10 @@ async fn update(
     let mut row = old.clone().into_active_model();
     if let Some(role) = patch.role {
         row.role = Set(name_of(&role));
+    }
+    // A token of before stands for what its user was.
+    if patch.role.is_some() || patch.status.is_some() {
+        row.token_epoch = Set(old.token_epoch + 1);
     }
     if let Some(status) = patch.status {
         row.status = Set(name_of(&status));
@@ -698,7 +717,7 @@ async fn usage_of(State(app): State<App>, caller: Caller, Id(id): Id) -> Result<
         down: all.as_ref().map_or(0, |row| row.down),
         used: used.map_or(0, |row| row.up + row.down),
         quota_bytes: user.quota_bytes,
-        period_started: (period > 0).then(|| time_text(period)),
+        period_started: (period > crate::usage::TOTAL).then(|| time_text(period)),
     }))
 }
 
@@ -711,7 +730,9 @@ async fn reset(State(app): State<App>, Admin(caller): Admin, Id(id): Id) -> Resu
     let user = find(db, id).await?;
     let start = crate::usage::period_start(user.quota_period.as_deref(), now());
     let used = usage::Entity::find_by_id((id, start)).one(db).await?;
-    usage::Entity::delete_by_id((id, start)).exec(db).await?;
+    if start > 0 {
+        usage::Entity::delete_by_id((id, start)).exec(db).await?;
+    }
     let old = used.map_or((0, 0), |row| (row.up, row.down));
     edit.commit(Change::new("user.usage_reset", &user.name).old(&old).user(id)).await?;
 

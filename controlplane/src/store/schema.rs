@@ -56,7 +56,8 @@ fn table(
         let mut column = ColumnDef::new(name);
         match kind {
             Name(length) => column.string_len(length),
-            Text => column.text(),
+            // MySQL's TEXT ends at 64 KiB.
+            Text => column.custom("LONGTEXT"),
             Number => column.big_integer(),
             Flag => column.boolean(),
         };

@@ -154,6 +154,49 @@ fn two_control_planes_of_one_database_are_one() {
 }
 
 #[test]
+fn one_address_is_a_network_too() {
+    on_each(|planes| {
+        let (node, target) = (planes.node("edge"), echo());
+        let limits = json!({ "source_addresses": ["127.0.0.1"] });
+        let id = planes.user("ann", json!({ "limits": limits }));
+        await_some("tunnel", || node.tunnel("ann", target).ok());
+        let user = planes.must("GET", &format!("/users/{id}"), Value::Null);
+        assert_eq!(user["limits"]["source_addresses"], json!(["127.0.0.1/32"]));
+    });
+}
+
+/// Both sides have more to say than their sockets hold.
+#[test]
+fn a_large_policy_and_many_records_pass_each_other() {
+    on_each(|mut planes| {
+        let (mut node, target) = (planes.node("edge"), echo());
+        let id = planes.user("ann", json!({}));
+        await_some("tunnel", || node.tunnel("ann", target).ok());
+        planes.control.terminate();
+        for _ in 0..1500 {
+            drop(node.tunnel("ann", target).unwrap());
+        }
+        let logged = || node.access_log().matches("\"user\":\"ann\"").count();
+        await_some("records in the log", || (logged() >= 1501).then_some(()));
+        node.program.kill();
+        std::fs::remove_file(node.dir.join("snapshot")).unwrap();
+        planes.restart_control();
+        for number in 0..500 {
+            let value = format!("{}{number}.example", "a".repeat(60).as_str());
+            let value = [value.as_str(); 8].join("|");
+            let body = json!({ "action": "deny", "kind": "domain_regex", "value": value });
+            planes.must("POST", "/filters", body);
+        }
+        planes.again(&mut node);
+        node.program.await_line("policy followed");
+        await_some("records in the database", || {
+            let logs = planes.must("GET", &format!("/logs/access?user_id={id}"), Value::Null);
+            (logs["total"] == 1501).then_some(())
+        });
+    });
+}
+
+#[test]
 fn a_revoked_node_gets_nothing_more() {
     on_each(|planes| {
         let (node, target) = (planes.node("edge"), echo());

@@ -119,7 +119,8 @@ pub(super) struct Total {
     /// 0 is not in use.
     pub(super) user: AtomicU64,
     bytes: [AtomicU64; 2],
-    spare: AtomicU64,
+    /// Among those that grew since they were last told.
+    pub(super) listed: AtomicU64,
 }
 
 impl Total {

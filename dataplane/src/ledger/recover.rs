@@ -91,25 +91,24 @@ fn read(path: &Path) -> io::Result<Recovered> {
                 user => totals.push((user, pair(at + 8)?)),
             }
         }
-        for index in 0..slots {
-            let at = start + index * SLOT;
-            let (pending, done, before) = (pair(at)?, pair(at + 16)?, pair(at + 32)?);
-            let of = |index: u32| usize::try_from(index).unwrap_or(usize::MAX);
-            match State::read(word(at + 48)?) {
-                State::Free => {}
-                // The total may have been written, in whole or in part: write it again.
-                State::Closing(total) => {
-                    if let Some((_, bytes)) = totals.get_mut(of(total)) {
-                        *bytes = sum(before, done);
-                    }
-                }
-                State::Live(total) => {
-                    if let Some((user, bytes)) = totals.get_mut(of(total)) {
-                        *bytes = sum(*bytes, done);
-                        found.sessions.push((*user, done));
-                        found.uncertain += pending[0] + pending[1];
-                    }
-                }
+        let of = |index: u32| usize::try_from(index).unwrap_or(usize::MAX);
+        let slots = || (0..slots).map(|index| start + index * SLOT);
+        // A total may have been written, in whole or in part: write it again, before more is added.
+        for at in slots() {
+            if let State::Closing(total) = State::read(word(at + 48)?)
+                && let Some((_, bytes)) = totals.get_mut(of(total))
+            {
+                *bytes = sum(pair(at + 32)?, pair(at + 16)?);
+            }
+        }
+        for at in slots() {
+            if let State::Live(total) = State::read(word(at + 48)?)
+                && let Some((user, bytes)) = totals.get_mut(of(total))
+            {
+                let (pending, done) = (pair(at)?, pair(at + 16)?);
+                *bytes = sum(*bytes, done);
+                found.sessions.push((*user, done));
+                found.uncertain += pending[0] + pending[1];
             }
         }
         for (user, bytes) in totals {

@@ -74,6 +74,10 @@ fn a_close_can_be_taken_again() {
     for steps in 0..4 {
         let dir = tempfile::tempdir().unwrap();
         let ledger = ledger(dir.path(), 9);
+        // Another session of the same user, in a slot before.
+        let running = ledger.open().unwrap();
+        assert!(running.belongs_to(1));
+        moved(&running, 100);
         let meter = ledger.open().unwrap();
         assert!(meter.belongs_to(1));
         moved(&meter, 10);
@@ -89,8 +93,8 @@ fn a_close_can_be_taken_again() {
         if steps > 2 {
             slot.clear();
         }
-        std::mem::forget(meter);
-        assert_eq!(recover(dir.path()).unwrap()[0].users[&1], [15, 0], "after {steps} steps");
+        std::mem::forget((meter, running));
+        assert_eq!(recover(dir.path()).unwrap()[0].users[&1], [115, 0], "after {steps} steps");
     }
 }
 

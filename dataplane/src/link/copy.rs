@@ -120,6 +120,11 @@ impl Copy {
         policy
     }
 
+    /// The file is not what it should be: the next change writes it anew.
+    pub(super) fn write_anew(&mut self) {
+        self.appended = APPENDED_MAX;
+    }
+
     /// Writes it to the file.
     ///
     /// # Errors

@@ -72,6 +72,11 @@ impl Decoder {
         Ok(Some(message))
     }
 
+    /// Bytes that were received and not taken yet.
+    pub fn waiting(&self) -> usize {
+        self.bytes.len() - self.used
+    }
+
     /// Bytes since the last [`Decoder::push`] (or what it left) that were taken as messages.
     pub fn position(&self) -> usize {
         self.used
@@ -129,7 +134,9 @@ mod tests {
     fn a_golden_frame_is_read() {
         let mut bytes = Vec::new();
         encode(&ack(300), &mut bytes);
-        let golden = [7, 0, 0, 0, 0xee, 0x36, 0x7e, 0x9d, 0x22, 0x05, 0x08, 0x07, 0x10, 0xac, 0x02];
-        assert_eq!(bytes[8..], golden[8..], "{bytes:x?}");
+        // Field 4, 12 bytes: boot 7 (fixed64), sequence 300 (varint).
+        let payload = [0x22, 12, 0x09, 7, 0, 0, 0, 0, 0, 0, 0, 0x10, 0xac, 0x02];
+        assert_eq!(bytes[8..], payload, "{bytes:x?}");
+        assert_eq!(bytes[..4], [payload.len() as u8, 0, 0, 0]);
     }
 }
