@@ -85,7 +85,7 @@ impl Default for State {
 pub struct Link {
     /// The Unix socket nodes of this host connect to; empty: `control.sock` in the state directory.
     pub unix: PathBuf,
-    /// User ids that may connect to it beside our own and root.
+    /// User ids that may connect to it beside our own and root; empty: whom its permissions let in.
     pub allow_uids: Vec<u32>,
 }
 
