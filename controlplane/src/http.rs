@@ -12,6 +12,7 @@ mod proxy;
 mod rules;
 mod settings;
 mod system;
+mod traffic;
 mod users;
 mod whitelist;
 
@@ -108,6 +109,7 @@ fn routes() -> OpenApiRouter<App> {
             .merge(auth::routes())
             .merge(users::routes())
             .merge(limits::routes())
+            .merge(traffic::routes())
             .merge(filters::routes())
             .merge(whitelist::routes())
             .merge(rules::routes())

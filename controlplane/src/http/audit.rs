@@ -1,16 +1,23 @@
 //! Who changed what.
 
-use axum::{Json, extract::State};
-use sea_orm::{ColumnTrait, EntityTrait, PaginatorTrait, QueryFilter, QueryOrder, QuerySelect};
+use axum::{Json, extract::State, response::Response};
+use sea_orm::{
+    ColumnTrait, EntityTrait, PaginatorTrait, QueryFilter, QueryOrder, QuerySelect, Select,
+};
 use serde::{Deserialize, Serialize};
 use utoipa::{IntoParams, ToSchema};
 use utoipa_axum::{router::OpenApiRouter, routes};
 
-use super::{Admin, App, Page, Paging, Params, Problem, problem::Result, users::time_text};
+use super::{
+    Admin, App, Page, Paging, Params, Problem,
+    logs::{cell, csv_response},
+    problem::Result,
+    users::time_text,
+};
 use crate::store::entity::audit;
 
 pub(super) fn routes() -> OpenApiRouter<App> {
-    OpenApiRouter::new().routes(routes!(list))
+    OpenApiRouter::new().routes(routes!(list)).routes(routes!(export))
 }
 
 /// A change.
@@ -49,6 +56,22 @@ struct Which {
     q: Option<String>,
 }
 
+impl Which {
+    fn query(&self) -> Result<Select<audit::Entity>> {
+        let mut query = audit::Entity::find();
+        if let Some(actor) = &self.actor {
+            query = query.filter(audit::Column::Actor.eq(actor));
+        }
+        if let Some(action) = &self.action {
+            query = query.filter(audit::Column::Action.eq(action));
+        }
+        if let Some(part) = super::users::short(self.q.as_ref())? {
+            query = query.filter(audit::Column::Subject.contains(part));
+        }
+        Ok(query)
+    }
+}
+
 /// Changes, the last first.
 #[utoipa::path(get, path = "/logs/audit", tag = "logs", params(Paging, Which),
     responses((status = 200, body = Page<AuditView>), (status = 400, body = Problem), (status = 401, body = Problem), (status = 403, body = Problem), (status = 503, body = Problem)))]
@@ -59,16 +82,7 @@ async fn list(
     Params(which): Params<Which>,
 ) -> Result<Json<Page<AuditView>>> {
     let (size, skip) = paging.bounds()?;
-    let mut query = audit::Entity::find();
-    if let Some(actor) = &which.actor {
-        query = query.filter(audit::Column::Actor.eq(actor));
-    }
-    if let Some(action) = &which.action {
-        query = query.filter(audit::Column::Action.eq(action));
-    }
-    if let Some(part) = super::users::short(which.q.as_ref())? {
-        query = query.filter(audit::Column::Subject.contains(part));
-    }
+    let query = which.query()?;
     let total = query.clone().count(app.store.db()).await?;
     let rows = query.order_by_desc(audit::Column::Id).limit(size).offset(skip);
     let value = |text: &str| match serde_json::from_str(text).unwrap_or_default() {
@@ -87,4 +101,35 @@ async fn list(
     };
     let items = rows.all(app.store.db()).await?.into_iter().map(view).collect();
     Ok(Json(Page::new(items, total, &paging)))
+}
+
+/// Rows of one part of an export.
+const PART: u64 = 1000;
+
+/// The same as CSV, the first first, streamed.
+#[utoipa::path(get, path = "/logs/audit/export.csv", tag = "logs", params(Which),
+    responses((status = 200, body = String, content_type = "text/csv"), (status = 400, body = Problem), (status = 401, body = Problem), (status = 403, body = Problem), (status = 503, body = Problem)))]
+async fn export(
+    State(app): State<App>,
+    _: Admin,
+    Params(which): Params<Which>,
+) -> Result<Response> {
+    let query = which.query()?.order_by_asc(audit::Column::Id);
+    let part = move |after: i64| {
+        let (query, app) = (query.clone(), app.clone());
+        async move {
+            let part = query.filter(audit::Column::Id.gt(after)).limit(PART);
+            let rows = part.all(app.store.db()).await?;
+            let Some(last) = rows.last().map(|row| row.id) else { return Ok(None) };
+            let mut writer = csv::Writer::from_writer(Vec::new());
+            for row in rows {
+                let texts =
+                    [&row.actor, &row.address, &row.action, &row.subject, &row.old, &row.new];
+                let cells = texts.into_iter().map(|text| cell(text));
+                let _ = writer.write_record(std::iter::once(time_text(row.at)).chain(cells));
+            }
+            Ok(Some((last, writer.into_inner().unwrap_or_default())))
+        }
+    };
+    Ok(csv_response("audit.csv", "time,actor,address,action,subject,old,new\n", part))
 }

@@ -69,6 +69,10 @@ fn every_byte_is_counted_once_whatever_is_killed() {
         // What comes twice would come by now.
         pause(Duration::from_millis(1500));
         assert_eq!(planes.used(&id), moved);
+        let summary = planes.must("GET", "/traffic/summary", Value::Null);
+        // A midnight may lie between, so only what was moved since ever is certain.
+        let sums = &summary["total"];
+        assert_eq!(sums["up"].as_u64().unwrap() + sums["down"].as_u64().unwrap(), moved);
         let path = format!("/logs/access?user_id={id}&page_size=500");
         let logs = planes.must("GET", &path, Value::Null);
         assert_eq!(logs["total"], sessions);

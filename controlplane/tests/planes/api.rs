@@ -22,6 +22,7 @@ const ROLES: &[(&str, &str, [bool; 3])] = &[
     ("POST", "/users/{id}/password", [false, false, true]),
     ("GET", "/users/{id}/usage", [false, false, true]),
     ("POST", "/users/{id}/usage/reset", [false, false, true]),
+    ("GET", "/traffic/summary", [false, true, true]),
     ("GET", "/traffic/limits", [false, false, true]),
     ("POST", "/traffic/limits", [false, false, true]),
     ("GET", "/traffic/limits/{id}", [false, false, true]),
@@ -49,6 +50,7 @@ const ROLES: &[(&str, &str, [bool; 3])] = &[
     ("GET", "/logs/access", [false, true, true]),
     ("GET", "/logs/access/export.csv", [false, true, true]),
     ("GET", "/logs/audit", [false, false, true]),
+    ("GET", "/logs/audit/export.csv", [false, false, true]),
     ("GET", "/proxy/nodes", [false, false, true]),
     ("POST", "/proxy/nodes", [false, false, true]),
     ("DELETE", "/proxy/nodes/{id}", [false, false, true]),
@@ -230,6 +232,9 @@ fn every_change_is_in_the_audit_log() {
         assert_eq!(line["new"]["comment"], "second");
         assert_eq!(line["address"], "127.0.0.1");
         assert!(!log.to_string().contains("$2"), "a password hash in the audit log");
+        let path = "/api/v1/logs/audit/export.csv?q=ann";
+        let (status, csv) = planes.raw(&planes.token, "GET", path, None);
+        assert_eq!((status, csv.lines().count()), (200, 3), "{csv}");
     });
 }
 
