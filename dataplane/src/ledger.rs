@@ -61,8 +61,23 @@ pub struct Ledger {
     unused: Cell<u32>,
     /// Which total is whose.
     index: RefCell<HashMap<u64, u32, ahash::RandomState>>,
-    /// Totals that grew since they were last told.
-    grown: RefCell<Vec<u32>>,
+    /// What each total and its running sessions come to, kept as it grows: telling costs nothing that
+    /// sessions at rest have part in.
+    sums: RefCell<Sums>,
+}
+
+#[derive(Default)]
+struct Sums {
+    all: Vec<Sum>,
+    /// Those that grew since they were last told.
+    grown: Vec<u32>,
+}
+
+struct Sum {
+    user: u64,
+    bytes: Bytes,
+    /// Among those that grew.
+    listed: bool,
 }
 
 impl Ledger {
@@ -74,7 +89,7 @@ impl Ledger {
             free: RefCell::default(),
             unused: Cell::new(0),
             index: RefCell::default(),
-            grown: RefCell::default(),
+            sums: RefCell::default(),
         })
     }
 
@@ -87,7 +102,7 @@ impl Ledger {
                 unused
             })
         })?;
-        Some(Meter { ledger: self.clone(), index, user: Cell::new(0), settled: Cell::default() })
+        Some(Meter { ledger: self.clone(), index, user: Cell::new(None), settled: Cell::default() })
     }
 
     /// The total of a user; `None` when there is no room for another.
@@ -99,29 +114,19 @@ impl Ledger {
         let next = u32::try_from(index.len()).ok()?;
         self.region.totals().get(next as usize)?.user.store(user, Release);
         index.insert(user, next);
+        self.sums.borrow_mut().all.push(Sum { user, bytes: [0; 2], listed: false });
         Some(next)
     }
 
-    /// The sums, since the process began, of users whose sums may have changed since the last call.
+    /// The sums, since the process began, of users whose sums changed since the last call.
     pub fn tell(&self) -> Vec<(u64, Bytes)> {
-        let totals = self.region.totals();
-        let live = || {
-            let slots = self.region.slots()[..self.unused.get() as usize].iter();
-            slots.filter_map(|slot| Some((slot.state().total()?, slot.done())))
+        let Sums { all, grown } = &mut *self.sums.borrow_mut();
+        let told = |index: u32| {
+            let sum = &mut all[index as usize];
+            sum.listed = false;
+            (sum.user, sum.bytes)
         };
-        let grown: Vec<u32> = self.grown.borrow_mut().drain(..).collect();
-        let mut sums: HashMap<u64, Bytes, ahash::RandomState> = HashMap::default();
-        for index in grown.into_iter().chain(live().map(|(index, _)| index)) {
-            let total = &totals[index as usize];
-            total.listed.store(0, Relaxed);
-            sums.insert(total.user.load(Relaxed), total.read());
-        }
-        for (index, done) in live() {
-            if let Some(sum) = sums.get_mut(&totals[index as usize].user.load(Relaxed)) {
-                (sum[0], sum[1]) = (sum[0] + done[0], sum[1] + done[1]);
-            }
-        }
-        sums.into_iter().filter(|(_, sum)| *sum != [0, 0]).collect()
+        grown.drain(..).map(told).collect()
     }
 }
 
@@ -129,8 +134,8 @@ impl Ledger {
 pub struct Meter {
     ledger: Rc<Ledger>,
     index: u32,
-    /// Whose bytes are counted; 0 is nobody.
-    user: Cell<u64>,
+    /// Whose bytes are counted, and in which total; `None` is nobody.
+    user: Cell<Option<(u64, u32)>>,
     /// What was added to totals already, or was nobody's.
     settled: Cell<Bytes>,
 }
@@ -143,32 +148,29 @@ impl Meter {
     /// Bytes moved from now on are a user's, or nobody's (0). `false` when there is no room to count
     /// for another user.
     pub fn belongs_to(&self, user: u64) -> bool {
-        if self.user.get() == user {
+        if self.user.get().map_or(0, |(known, _)| known) == user {
             return true;
         }
         self.settle();
-        self.user.set(0);
-        self.slot().set(State::Free);
+        self.user.set(None);
         if user == 0 {
             return true;
         }
         let Some(total) = self.ledger.total(user) else { return false };
-        self.user.set(user);
+        self.user.set(Some((user, total)));
         self.slot().set(State::Live(total));
         true
     }
 
-    /// Adds what was done to the user's total. Each step is safe to be taken again by recovery.
+    /// Adds what was done to the user's total, and leaves the slot free. Each step is safe to be taken
+    /// again by recovery.
     fn settle(&self) {
         let (slot, done) = (self.slot(), self.slot().done());
-        if let Some(index) = slot.state().total() {
+        if let Some((_, index)) = self.user.get() {
             let total = &self.ledger.region.totals()[index as usize];
             let before = total.read();
             slot.closing(index, before);
             total.write([before[0] + done[0], before[1] + done[1]]);
-            if total.listed.swap(1, Relaxed) == 0 {
-                self.ledger.grown.borrow_mut().push(index);
-            }
         }
         let settled = self.settled.get();
         self.settled.set([settled[0] + done[0], settled[1] + done[1]]);
@@ -189,6 +191,14 @@ impl Meter {
         done.store(done.load(Relaxed) + bytes as u64, Release);
         slot.pending[direction as usize].store(0, Release);
         self.ledger.counters.bytes[direction as usize].add(bytes as u64);
+        if let Some((_, total)) = self.user.get() {
+            let Sums { all, grown } = &mut *self.ledger.sums.borrow_mut();
+            let sum = &mut all[total as usize];
+            sum.bytes[direction as usize] += bytes as u64;
+            if !std::mem::replace(&mut sum.listed, true) {
+                grown.push(total);
+            }
+        }
     }
 
     /// Bytes moved so far.
@@ -200,7 +210,6 @@ impl Meter {
 impl Drop for Meter {
     fn drop(&mut self) {
         self.settle();
-        self.slot().set(State::Free);
         self.ledger.free.borrow_mut().push(self.index);
     }
 }

@@ -17,6 +17,7 @@ use std::{
 };
 
 use culvert_api::{
+    Problem,
     link::{self, Decoder, Down, FRAME_MAX, FrameError, Up, command, down, encode, up},
     policy::Policy,
 };
@@ -192,7 +193,7 @@ impl Follower {
         }
     }
 
-    async fn follow(&self, node: &Arc<Node>, peer: &mut Peer) -> Result<(), Gone> {
+    async fn follow(self: &Arc<Self>, node: &Arc<Node>, peer: &mut Peer) -> Result<(), Gone> {
         let hello = link::Hello {
             node: self.name.clone(),
             boot: self.boot,
@@ -305,17 +306,20 @@ impl Follower {
         Ok(())
     }
 
-    async fn heard(&self, node: &Arc<Node>, peer: &mut Peer, body: down::Body) -> Result<(), Gone> {
+    async fn heard(
+        self: &Arc<Self>,
+        node: &Arc<Node>,
+        peer: &mut Peer,
+        body: down::Body,
+    ) -> Result<(), Gone> {
         match body {
             down::Body::Snapshot(snapshot) => {
                 let generation = snapshot.generation;
-                let next = Copy::of_snapshot(&lock(&self.copy), snapshot);
-                self.put(node, peer, generation, next).await?;
+                self.put(node, peer, generation, move |copy| copy.of_snapshot(snapshot)).await?;
             }
             down::Body::Delta(delta) => {
                 let generation = delta.generation;
-                let next = Copy::with(&lock(&self.copy), delta);
-                self.put(node, peer, generation, next).await?;
+                self.put(node, peer, generation, move |copy| copy.with(delta)).await?;
             }
             down::Body::ReportAck(ack) => {
                 let mut left = lock(&self.left);
@@ -353,52 +357,41 @@ impl Follower {
         Ok(())
     }
 
-    /// Puts a policy in force and keeps a copy of it; says so, or why not.
+    /// Puts a policy in force and keeps a copy of it; says so, or why not. All of it on the thread that
+    /// compiles: this one resolves names.
     async fn put(
-        &self,
+        self: &Arc<Self>,
         node: &Arc<Node>,
         peer: &mut Peer,
         generation: u64,
-        next: Result<Copy, String>,
+        next: impl FnOnce(&Copy) -> Result<Copy, String> + Send + 'static,
     ) -> Result<(), Gone> {
-        let refused =
-            |reasons: Vec<String>| up::Body::Refused(link::Refused { generation, reasons });
-        let next = match next {
-            Ok(next) => next,
-            Err(reason) => {
-                tracing::error!(generation, %reason, "the control plane's policy is refused");
-                return peer.send(refused(vec![reason])).await;
-            }
-        };
-        let target = node.clone();
-        let policy = next.policy();
-        let put = beside_the_workers(move || target.follow(policy)).await;
-        let reasons: Vec<String> = match put {
-            Ok(Ok(_)) => Vec::new(),
-            Ok(Err(problems)) => problems.iter().map(ToString::to_string).collect(),
-            Err(error) => vec![error.to_string()],
-        };
-        if !reasons.is_empty() {
-            for reason in &reasons {
-                tracing::error!(generation, %reason, "the control plane's policy is refused");
-            }
-            return peer.send(refused(reasons)).await;
-        }
-        {
-            let mut copy = lock(&self.copy);
+        let (follower, node) = (self.clone(), node.clone());
+        let put = beside_the_workers(move || {
+            let mut copy = lock(&follower.copy);
+            let next = next(&copy).map_err(|reason| vec![reason])?;
+            node.follow(next.policy())
+                .map_err(|problems| problems.iter().map(Problem::to_string).collect::<Vec<_>>())?;
             *copy = next;
             if let Err(error) = copy.keep() {
                 tracing::warn!(%error, "the policy is in force, but its copy could not be written");
                 copy.write_anew();
             }
-        }
-        self.generation.store(generation, Relaxed);
-        tracing::info!(
-            generation,
-            users = node.shared.snapshot.load().directory.len(),
-            "policy followed"
-        );
-        peer.send(up::Body::Applied(link::Applied { generation })).await
+            follower.generation.store(generation, Relaxed);
+            let users = node.shared.snapshot.load().directory.len();
+            tracing::info!(generation, users, "policy followed");
+            Ok(())
+        });
+        let said = match put.await.unwrap_or_else(|error| Err(vec![error.to_string()])) {
+            Ok(()) => up::Body::Applied(link::Applied { generation }),
+            Err(reasons) => {
+                for reason in &reasons {
+                    tracing::error!(generation, %reason, "the control plane's policy is refused");
+                }
+                up::Body::Refused(link::Refused { generation, reasons })
+            }
+        };
+        peer.send(said).await
     }
 
     /// Reports sums that changed since they were acknowledged.

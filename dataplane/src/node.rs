@@ -51,6 +51,8 @@ const DESCRIPTORS_RESERVED: u64 = 2 * LOOKUPS_MAX as u64 + 512;
 const DESCRIPTORS_PER_SESSION: u64 = 2;
 /// How long a worker may take to answer before the node is not alive.
 const ALIVE: Duration = Duration::from_secs(1);
+/// How long a worker may take to tell its sessions, which it does in slices.
+const LISTED: Duration = Duration::from_secs(10);
 /// Between the end of a drain and the end of the process, for resets to leave and records to be
 /// written.
 const LAST_WORDS: Duration = Duration::from_millis(300);
@@ -78,9 +80,9 @@ pub struct Node {
     /// Asks the node to drain.
     pub drain: mpsc::Sender<()>,
     own: OwnAddresses,
-    /// As it was at the start.
+    /// As it was at the start, without the policy.
     config: Config,
-    /// As it is now, with the policy in force.
+    /// As it is now, with the policy of the control plane if one is followed.
     present: Mutex<Config>,
     /// What follows the control plane.
     follower: Option<Arc<Follower>>,
@@ -223,7 +225,7 @@ impl Node {
         let named = config.listeners.iter().map(|listener| listener.name.clone());
         Ok(Self {
             name: config.name.clone(),
-            config: config.clone(),
+            config: Config { policy: Policy::default(), ..config.clone() },
             access: AccessLog::start(
                 &config.log,
                 queues,
@@ -277,6 +279,9 @@ impl Node {
                 config.policy = present.policy.clone();
             }
             let generation = self.put(&config)?;
+            if self.follower.is_none() {
+                config.policy = Policy::default();
+            }
             *present = config;
             Ok(generation)
         });
@@ -398,7 +403,7 @@ impl Node {
     pub async fn sessions(&self) -> Vec<LiveInfo> {
         let mut sessions = Vec::new();
         for answer in self.ask(Message::List) {
-            if let Ok(Ok(list)) = tokio::time::timeout(ALIVE, answer).await {
+            if let Ok(Ok(list)) = tokio::time::timeout(LISTED, answer).await {
                 sessions.extend(list);
             }
         }

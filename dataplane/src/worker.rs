@@ -21,7 +21,7 @@ use std::{
 use arc_swap::ArcSwap;
 use crossbeam::queue::ArrayQueue;
 use culvert_proto::Name;
-use culvert_rt::{Mailbox, Sender, Signal, Wheel, sleep, spawn_vital};
+use culvert_rt::{Mailbox, Sender, Signal, Wheel, sleep, spawn, spawn_vital};
 use tokio::sync::oneshot;
 
 pub use place::{NodePlace, NodePlaces};
@@ -39,7 +39,7 @@ use crate::{
 pub const MAILBOX: usize = 8192;
 /// Records a worker's queue holds before new ones are dropped and counted.
 pub const RECORDS: usize = 8192;
-/// Sessions judged again between two turns of the worker.
+/// Sessions judged again, or told of, between two turns of the worker.
 const SLICE: usize = 100;
 
 /// What all workers share.
@@ -272,10 +272,7 @@ impl Worker {
                     live.stop(cause);
                 }
             }
-            Message::List(reply) => {
-                let list = self.live().iter().map(|live| live.info()).collect();
-                let _ = reply.send(list);
-            }
+            Message::List(reply) => self.list(reply),
             Message::Drain => self.drain(),
             Message::End(id, cause) => {
                 let live = self.sessions.borrow().get(&id).and_then(std::rc::Weak::upgrade);
@@ -293,6 +290,20 @@ impl Worker {
 
     fn live(&self) -> Vec<Rc<Live>> {
         self.sessions.borrow().values().filter_map(std::rc::Weak::upgrade).collect()
+    }
+
+    /// Tells what runs, in slices: thousands of sessions must not wait for it.
+    fn list(self: &Rc<Self>, reply: oneshot::Sender<Vec<LiveInfo>>) {
+        let worker = self.clone();
+        spawn(async move {
+            let live = worker.live();
+            let mut list = Vec::with_capacity(live.len());
+            for slice in live.chunks(SLICE) {
+                list.extend(slice.iter().map(|live| live.info()));
+                sleep(Duration::from_millis(1)).await;
+            }
+            let _ = reply.send(list);
+        });
     }
 
     /// No session begins any more; those that have asked for nothing yet end.

@@ -66,13 +66,6 @@ impl State {
             Self::Closing(index) => u64::from(index) << 8 | 2,
         }
     }
-
-    pub(super) fn total(self) -> Option<u32> {
-        match self {
-            Self::Live(index) => Some(index),
-            _ => None,
-        }
-    }
 }
 
 fn read(words: &[AtomicU64; 2]) -> Bytes {
@@ -86,10 +79,6 @@ fn write(words: &[AtomicU64; 2], bytes: Bytes) {
 }
 
 impl Slot {
-    pub(super) fn state(&self) -> State {
-        State::read(self.state.load(Relaxed))
-    }
-
     pub(super) fn set(&self, state: State) {
         self.state.store(state.word(), Release);
     }
@@ -119,8 +108,7 @@ pub(super) struct Total {
     /// 0 is not in use.
     pub(super) user: AtomicU64,
     bytes: [AtomicU64; 2],
-    /// Among those that grew since they were last told.
-    pub(super) listed: AtomicU64,
+    spare: AtomicU64,
 }
 
 impl Total {

@@ -122,6 +122,7 @@ impl Session {
     fn become_user(&self, user: Arc<User>) {
         let mut login = self.login.borrow_mut();
         if let Some(login) = &mut *login
+            && login.admission.is_ok()
             && Arc::ptr_eq(&login.user.shared, &user.shared)
         {
             login.user = user;

@@ -85,8 +85,9 @@ fn admit(
     if worker.is_draining() {
         return Err(TurnedAway::Draining);
     }
-    let address = hold_address(worker, client, snapshot.settings.address)?;
-    let hasty = !worker.shared.everyone.begin_session(clock());
+    let now = clock();
+    let address = hold_address(worker, client, snapshot.settings.address, now)?;
+    let hasty = !worker.shared.everyone.begin_session(now);
     let node = worker.shared.places.take(hasty).ok_or(TurnedAway::Node)?;
     Ok(Place { address, node })
 }
@@ -95,8 +96,9 @@ fn hold_address(
     worker: &Worker,
     client: std::net::IpAddr,
     limits: crate::settings::AddressLimits,
+    now: u64,
 ) -> Result<Held, TurnedAway> {
-    let (table, key, now) = (&worker.shared.addresses, client_key(client), clock());
+    let (table, key) = (&worker.shared.addresses, client_key(client));
     let held = table.hold(key, limits.sessions, now).map_err(|error| match error {
         TableError::Limit | TableError::Full => TurnedAway::AddressSessions,
     })?;
