@@ -1,7 +1,6 @@
 //! The control link's server: nodes connect, follow the policy, and report.
 
 use std::{
-    io,
     path::{Path, PathBuf},
     sync::{
         Arc,
@@ -10,13 +9,13 @@ use std::{
     time::Duration,
 };
 
-use culvert_api::link::{self, Decoder, Down, FRAME_MAX, Up, command, down, encode, up};
+use culvert_api::link::{self, Down, Up, command, down, up};
+use culvert_link::LinkError;
 use sea_orm::{
     ActiveModelTrait, ColumnTrait, DbErr, EntityTrait, IntoActiveModel, QueryFilter, QueryOrder,
     Set, TransactionTrait,
 };
 use tokio::{
-    io::{AsyncReadExt, Interest},
     net::{UnixListener, UnixStream},
     sync::watch,
     time::{Instant, timeout},
@@ -25,9 +24,9 @@ use tokio::{
 use crate::{
     publish,
     store::{
-        Actor, Change, ROWS, Store, again,
+        Actor, Change, ROWS, Store,
         entity::{command as asked, heartbeat, node, session},
-        now,
+        now, retry,
     },
     usage,
 };
@@ -36,14 +35,14 @@ use crate::{
 const HELLO: Duration = Duration::from_secs(5);
 /// A node that is silent so long is gone; it sends a heartbeat every 5 s.
 const SILENT: Duration = Duration::from_secs(20);
-/// A node takes what it is sent within this time.
-const SEND: Duration = Duration::from_secs(30);
 /// How often commands of other control planes are looked for.
 const LOOK: Duration = Duration::from_millis(500);
 /// Edits that come closer together are sent as one.
 const COALESCE: Duration = Duration::from_millis(100);
 /// How long the database may be away before a node is let go, to come back.
 const PATIENCE: Duration = Duration::from_secs(2);
+
+type Peer = culvert_link::Peer<Up, Down>;
 
 /// The nodes that are connected here.
 pub struct Hub {
@@ -56,9 +55,7 @@ pub struct Hub {
 #[derive(Debug, thiserror::Error)]
 enum Gone {
     #[error("{0}")]
-    Io(#[from] io::Error),
-    #[error("{0}")]
-    Frame(#[from] link::FrameError),
+    Link(#[from] LinkError),
     #[error("the database failed: {0}")]
     Database(#[from] DbErr),
     #[error("{0}")]
@@ -111,12 +108,7 @@ impl Hub {
     }
 
     async fn serve(self: Arc<Self>, stream: UnixStream) {
-        let mut peer = Peer {
-            stream,
-            bytes: vec![0; 64 * 1024].into(),
-            decoder: Decoder::default(),
-            out: Vec::new(),
-        };
+        let mut peer = Peer::new(stream);
         let node = match self.greet(&mut peer).await {
             Ok(node) => node,
             Err(gone) => {
@@ -136,7 +128,7 @@ impl Hub {
 
     async fn greet(&self, peer: &mut Peer) -> Result<Node, Gone> {
         let first = timeout(HELLO, peer.receive()).await;
-        let Ok(Ok(Some(up::Body::Hello(hello)))) = first else {
+        let Ok(Ok(Up { body: Some(up::Body::Hello(hello)) })) = first else {
             return Err(Gone::Refused("it did not say hello".into()));
         };
         if !(1..=255).contains(&hello.node.len()) || hello.node.chars().any(char::is_control) {
@@ -202,7 +194,7 @@ impl Hub {
             tokio::select! {
                 received = peer.receive() => {
                     heard = Instant::now();
-                    if let Some(body) = received? {
+                    if let Some(body) = received?.body {
                         if matches!(body, up::Body::Refused(_)) {
                             // The next edit goes out as a whole snapshot: the node has not this one.
                             known = 0;
@@ -327,28 +319,22 @@ impl Hub {
     /// Puts a node's sessions in place of those it had before.
     async fn live(&self, node: &Node, live: &link::Live) -> Result<(), DbErr> {
         let id = node.row.id;
-        let mut attempt = 0;
-        loop {
-            let tried = async {
-                let db = self.store.db().begin().await?;
-                let old = session::Entity::delete_many();
-                old.filter(session::Column::NodeId.eq(id)).exec(&db).await?;
-                for part in live.sessions.chunks(ROWS) {
-                    let rows = part.iter().map(|live| session::ActiveModel {
-                        node_id: Set(id),
-                        session: Set(live.id.cast_signed()),
-                        user_id: Set(live.user.cast_signed()),
-                        body: Set(String::from_utf8_lossy(&live.json).into_owned()),
-                    });
-                    session::Entity::insert_many(rows).exec_without_returning(&db).await?;
-                }
-                db.commit().await
-            };
-            match tried.await {
-                Ok(()) => return Ok(()),
-                Err(error) => again(error, &mut attempt).await?,
+        let replace = || async {
+            let db = self.store.db().begin().await?;
+            let old = session::Entity::delete_many();
+            old.filter(session::Column::NodeId.eq(id)).exec(&db).await?;
+            for part in live.sessions.chunks(ROWS) {
+                let rows = part.iter().map(|live| session::ActiveModel {
+                    node_id: Set(id),
+                    session: Set(live.id.cast_signed()),
+                    user_id: Set(live.user.cast_signed()),
+                    body: Set(String::from_utf8_lossy(&live.json).into_owned()),
+                });
+                session::Entity::insert_many(rows).exec_without_returning(&db).await?;
             }
-        }
+            db.commit().await
+        };
+        retry(replace).await
     }
 
     async fn last_command(&self) -> Result<i64, DbErr> {
@@ -431,59 +417,4 @@ struct Node {
     boot: u64,
     /// The generation of its copy.
     generation: u64,
-}
-
-struct Peer {
-    stream: UnixStream,
-    bytes: Box<[u8]>,
-    decoder: Decoder,
-    out: Vec<u8>,
-}
-
-impl Peer {
-    /// The next message; `None` is one of a later version. May be dropped: nothing is lost.
-    async fn receive(&mut self) -> Result<Option<up::Body>, Gone> {
-        loop {
-            if let Some(message) = self.decoder.take::<Up>()? {
-                return Ok(message.body);
-            }
-            let received = self.stream.read(&mut self.bytes).await?;
-            if received == 0 {
-                return Err(io::Error::from(io::ErrorKind::UnexpectedEof).into());
-            }
-            self.decoder.push(&self.bytes[..received]);
-        }
-    }
-
-    async fn send(&mut self, body: down::Body) -> Result<(), Gone> {
-        self.out.clear();
-        encode(&Down { body: Some(body) }, &mut self.out);
-        let mut sent = 0;
-        while sent < self.out.len() {
-            // Both sides may be writing: one that does not read meanwhile would wait for ever.
-            let room = self.decoder.waiting() < FRAME_MAX;
-            let interest =
-                if room { Interest::READABLE | Interest::WRITABLE } else { Interest::WRITABLE };
-            let Ok(ready) = timeout(SEND, self.stream.ready(interest)).await else {
-                return Err(Gone::Refused("it takes nothing for 30 s".into()));
-            };
-            let ready = ready?;
-            if ready.is_writable() {
-                match self.stream.try_write(&self.out[sent..]) {
-                    Ok(more) => sent += more,
-                    Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-                    Err(error) => return Err(error.into()),
-                }
-            }
-            if room && ready.is_readable() {
-                match self.stream.try_read(&mut self.bytes) {
-                    Ok(0) => return Err(io::Error::from(io::ErrorKind::UnexpectedEof).into()),
-                    Ok(received) => self.decoder.push(&self.bytes[..received]),
-                    Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-                    Err(error) => return Err(error.into()),
-                }
-            }
-        }
-        Ok(())
-    }
 }

@@ -204,18 +204,13 @@ impl Store {
     /// The database failed, or others held the lock for too long.
     pub async fn edit(&self, actor: Actor) -> Result<Edit<'_>, DbErr> {
         let lock = format!("UPDATE head SET generation = generation WHERE id = {HEAD}");
-        let mut attempt = 0;
-        loop {
-            let tried = async {
-                let transaction = self.db.begin().await?;
-                self.run(&transaction, lock.clone()).await?;
-                Ok(transaction)
-            };
-            match tried.await {
-                Ok(transaction) => return Ok(Edit { store: self, transaction, actor }),
-                Err(error) => again(error, &mut attempt).await?,
-            }
-        }
+        let begin = || async {
+            let transaction = self.db.begin().await?;
+            self.run(&transaction, lock.clone()).await?;
+            Ok(transaction)
+        };
+        let transaction = retry(begin).await?;
+        Ok(Edit { store: self, transaction, actor })
     }
 
     async fn run(&self, db: &DatabaseTransaction, sql: String) -> Result<(), DbErr> {
@@ -283,18 +278,23 @@ impl Edit<'_> {
     }
 }
 
-/// After an error of a transaction: waits a little if another's lock was in the way, and passes the
-/// error on if it was not, or too often.
+/// Runs a transaction, again if another's lock was in the way.
 ///
 /// # Errors
-/// The error.
-pub async fn again(error: DbErr, attempt: &mut u32) -> Result<(), DbErr> {
-    *attempt += 1;
-    if *attempt >= TRIES || !is_contention(&error) {
-        return Err(error);
+/// Its error, if it was another or came too often.
+pub async fn retry<T, F: Future<Output = Result<T, DbErr>>>(
+    mut run: impl FnMut() -> F,
+) -> Result<T, DbErr> {
+    let mut attempt = 0;
+    loop {
+        attempt += 1;
+        match run().await {
+            Err(error) if attempt < TRIES && is_contention(&error) => {
+                tokio::time::sleep(Duration::from_millis(5 << attempt)).await;
+            }
+            done => return done,
+        }
     }
-    tokio::time::sleep(Duration::from_millis(5 << *attempt)).await;
-    Ok(())
 }
 
 /// Rows of one INSERT: SQLite takes 32,766 values in one statement.

@@ -10,9 +10,9 @@ use sea_orm::{
 use time::{Duration, OffsetDateTime};
 
 use crate::store::{
-    ROWS, Store, again,
+    ROWS, Store,
     entity::{access_log, node_usage, report, usage, user},
-    now,
+    now, retry,
 };
 
 const SECOND: i64 = 1_000_000;
@@ -40,19 +40,13 @@ pub fn period_start(period: Option<&str>, now: i64) -> i64 {
 /// # Errors
 /// The database failed; nothing was applied then.
 pub async fn apply(store: &Store, node: i64, said: &link::Report) -> Result<Vec<i64>, DbErr> {
-    let mut attempt = 0;
-    loop {
-        let tried = async {
-            let db = store.db().begin().await?;
-            let spent = apply_once(&db, node, said).await?;
-            db.commit().await?;
-            Ok(spent)
-        };
-        match tried.await {
-            Ok(spent) => return Ok(spent),
-            Err(error) => again(error, &mut attempt).await?,
-        }
-    }
+    let apply = || async {
+        let db = store.db().begin().await?;
+        let spent = apply_once(&db, node, said).await?;
+        db.commit().await?;
+        Ok(spent)
+    };
+    retry(apply).await
 }
 
 async fn apply_once(
@@ -195,15 +189,12 @@ pub async fn store_records(store: &Store, node: i64, said: &link::Records) -> Re
     let key = [access_log::Column::NodeId, access_log::Column::Boot, access_log::Column::Sequence];
     for part in rows.chunks(ROWS) {
         // Each part by itself: what is there already is passed over when they come again.
-        let mut attempt = 0;
-        loop {
+        let insert = || async {
             let over = OnConflict::columns(key).do_nothing_on(key).to_owned();
             let insert = access_log::Entity::insert_many(part.iter().cloned()).on_conflict(over);
-            match insert.exec_without_returning(store.db()).await {
-                Ok(_) => break,
-                Err(error) => again(error, &mut attempt).await?,
-            }
-        }
+            insert.exec_without_returning(store.db()).await
+        };
+        retry(insert).await?;
     }
     Ok(said.records.iter().map(|record| record.sequence).max().unwrap_or(0))
 }

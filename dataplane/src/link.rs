@@ -18,11 +18,11 @@ use std::{
 
 use culvert_api::{
     Problem,
-    link::{self, Decoder, Down, FRAME_MAX, FrameError, Up, command, down, encode, up},
+    link::{self, Down, Up, command, down, up},
     policy::Policy,
 };
+use culvert_link::LinkError;
 use tokio::{
-    io::{AsyncReadExt, Interest},
     net::UnixStream,
     sync::Notify,
     time::{Instant, MissedTickBehavior, interval, timeout},
@@ -42,8 +42,6 @@ const REPORT: Duration = Duration::from_secs(1);
 const HEARTBEAT: Duration = Duration::from_secs(5);
 /// The control plane answers a hello within this time.
 const WELCOME: Duration = Duration::from_secs(5);
-/// It takes what it is sent within this time.
-const SEND: Duration = Duration::from_secs(30);
 /// Pauses between two tries to connect.
 const PAUSE: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(2));
 /// Records sent at once.
@@ -55,6 +53,8 @@ const LIVE_MAX: usize = 10_000;
 /// The last report of a boot comes after all others, and what its ledger's file says after that.
 const LAST: u64 = RECOVERED - 1;
 const RECOVERED: u64 = i64::MAX as u64;
+
+type Peer = culvert_link::Peer<Down, Up>;
 
 /// Follows one control plane.
 pub struct Follower {
@@ -98,9 +98,9 @@ enum End {
 #[derive(Debug, thiserror::Error)]
 enum Gone {
     #[error("{0}")]
-    Io(#[from] io::Error),
-    #[error("{0}")]
-    Frame(#[from] FrameError),
+    Link(#[from] LinkError),
+    #[error("the records kept in the state directory: {0}")]
+    Spool(#[from] io::Error),
     #[error("the control plane refuses: {0}")]
     Refused(String),
     #[error("the control plane does not answer")]
@@ -169,7 +169,7 @@ impl Follower {
                     let mut peer = Peer::new(stream);
                     Box::pin(self.follow(&node, &mut peer)).await
                 }
-                Err(error) => Err(error.into()),
+                Err(error) => Err(Gone::Link(error.into())),
             };
             match gone {
                 Ok(()) | Err(Gone::Ended) => return,
@@ -204,12 +204,12 @@ impl Follower {
         };
         peer.send(up::Body::Hello(hello)).await?;
         match timeout(WELCOME, peer.receive()).await {
-            Ok(Ok(Some(down::Body::Welcome(welcome)))) if welcome.refusal.is_empty() => {}
-            Ok(Ok(Some(down::Body::Welcome(welcome)))) => {
-                return Err(Gone::Refused(welcome.refusal));
-            }
-            Ok(Err(gone)) => return Err(gone),
-            _ => return Err(Gone::Silent),
+            Ok(said) => match said?.body {
+                Some(down::Body::Welcome(welcome)) if welcome.refusal.is_empty() => {}
+                Some(down::Body::Welcome(welcome)) => return Err(Gone::Refused(welcome.refusal)),
+                _ => return Err(Gone::Silent),
+            },
+            Err(_) => return Err(Gone::Silent),
         }
         tracing::info!(socket = %self.socket.display(), "control plane connected");
         // The sums are those since the start: all of them once more do no harm, should the other side
@@ -229,7 +229,7 @@ impl Follower {
         let mut end = End::No;
         loop {
             tokio::select! {
-                received = peer.receive() => match received? {
+                received = peer.receive() => match received?.body {
                     Some(down::Body::ReportAck(ack)) if ack.boot == self.boot => {
                         if let Some((sequence, users)) =
                             outstanding.take_if(|sent| sent.0 <= ack.sequence)
@@ -391,7 +391,7 @@ impl Follower {
                 up::Body::Refused(link::Refused { generation, reasons })
             }
         };
-        peer.send(said).await
+        Ok(peer.send(said).await?)
     }
 
     /// Reports sums that changed since they were acknowledged.
@@ -459,7 +459,7 @@ impl Follower {
                 user: live.user_id,
                 json: serde_json::to_vec(&live).unwrap_or_default(),
             });
-        peer.send(up::Body::Live(link::Live { sessions: sessions.collect() })).await
+        Ok(peer.send(up::Body::Live(link::Live { sessions: sessions.collect() })).await?)
     }
 }
 
@@ -477,64 +477,4 @@ fn process() -> (u64, u64) {
     let ticks = rest.split(' ').skip(11).take(2).filter_map(|text| text.parse::<u64>().ok());
     let pages = statm.split(' ').nth(1).and_then(|text| text.parse::<u64>().ok()).unwrap_or(0);
     (ticks.sum::<u64>() * 10_000, pages * 4096)
-}
-
-struct Peer {
-    stream: UnixStream,
-    bytes: Box<[u8]>,
-    decoder: Decoder,
-    out: Vec<u8>,
-}
-
-impl Peer {
-    fn new(stream: UnixStream) -> Self {
-        let bytes = vec![0; 64 * 1024].into();
-        Self { stream, bytes, decoder: Decoder::default(), out: Vec::new() }
-    }
-
-    /// The next message; `None` is one of a later version. May be dropped: nothing is lost.
-    async fn receive(&mut self) -> Result<Option<down::Body>, Gone> {
-        loop {
-            if let Some(message) = self.decoder.take::<Down>()? {
-                return Ok(message.body);
-            }
-            let received = self.stream.read(&mut self.bytes).await?;
-            if received == 0 {
-                return Err(io::Error::from(io::ErrorKind::UnexpectedEof).into());
-            }
-            self.decoder.push(&self.bytes[..received]);
-        }
-    }
-
-    async fn send(&mut self, body: up::Body) -> Result<(), Gone> {
-        self.out.clear();
-        encode(&Up { body: Some(body) }, &mut self.out);
-        let mut sent = 0;
-        while sent < self.out.len() {
-            // Both sides may be writing: one that does not read meanwhile would wait for ever.
-            let room = self.decoder.waiting() < FRAME_MAX;
-            let interest =
-                if room { Interest::READABLE | Interest::WRITABLE } else { Interest::WRITABLE };
-            let Ok(ready) = timeout(SEND, self.stream.ready(interest)).await else {
-                return Err(Gone::Silent);
-            };
-            let ready = ready?;
-            if ready.is_writable() {
-                match self.stream.try_write(&self.out[sent..]) {
-                    Ok(more) => sent += more,
-                    Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-                    Err(error) => return Err(error.into()),
-                }
-            }
-            if room && ready.is_readable() {
-                match self.stream.try_read(&mut self.bytes) {
-                    Ok(0) => return Err(io::Error::from(io::ErrorKind::UnexpectedEof).into()),
-                    Ok(received) => self.decoder.push(&self.bytes[..received]),
-                    Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-                    Err(error) => return Err(error.into()),
-                }
-            }
-        }
-        Ok(())
-    }
 }

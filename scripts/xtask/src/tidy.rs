@@ -15,8 +15,9 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("dataplane/rt", &["monoio", "io-uring"]),
     ("dataplane/proto", &[]),
     ("dataplane/api", &[]),
-    ("dataplane", &["culvert-api", "culvert-proto", "culvert-rt"]),
-    ("controlplane", &["culvert-api"]),
+    ("dataplane/link", &["culvert-api"]),
+    ("dataplane", &["culvert-api", "culvert-link", "culvert-proto", "culvert-rt"]),
+    ("controlplane", &["culvert-api", "culvert-link"]),
     (
         "benches",
         &["culvert", "culvert-api", "culvert-proto", "culvert-rt", "monoio", "tokio-uring"],
@@ -26,8 +27,16 @@ const ARROWS: &[(&str, &[&str])] = &[
 ];
 
 /// Packages whose use is restricted by [`ARROWS`].
-const RESTRICTED: [&str; 7] =
-    ["culvert", "culvert-api", "culvert-proto", "culvert-rt", "monoio", "io-uring", "tokio-uring"];
+const RESTRICTED: [&str; 8] = [
+    "culvert",
+    "culvert-api",
+    "culvert-link",
+    "culvert-proto",
+    "culvert-rt",
+    "monoio",
+    "io-uring",
+    "tokio-uring",
+];
 
 /// Where `unsafe` may stand.
 const UNSAFE: [&str; 3] = ["dataplane/rt/src/", "dataplane/src/ledger/", "perf/src/process.rs"];

@@ -44,6 +44,12 @@ pub mod up {
     }
 }
 
+impl From<up::Body> for Up {
+    fn from(body: up::Body) -> Self {
+        Self { body: Some(body) }
+    }
+}
+
 /// To the node.
 #[derive(Clone, PartialEq, Message)]
 pub struct Down {
@@ -80,6 +86,12 @@ pub mod down {
         /// Do something.
         #[prost(message, tag = "7")]
         Command(Command),
+    }
+}
+
+impl From<down::Body> for Down {
+    fn from(body: down::Body) -> Self {
+        Self { body: Some(body) }
     }
 }
 
