@@ -235,6 +235,7 @@ async fn clean_once(store: &Store) -> Result<(), sea_orm::DbErr> {
         .exec(db)
         .await?;
     command::Entity::delete_many().filter(command::Column::At.lt(now - COMMANDS)).exec(db).await?;
+    crate::lease::clean(db, now - DAY).await?;
     refresh::Entity::delete_many().filter(refresh::Column::ExpiresAt.lt(now)).exec(db).await?;
     let oldest = store.generation().await? - CHANGES;
     change::Entity::delete_many().filter(change::Column::Generation.lt(oldest)).exec(db).await?;

@@ -36,6 +36,7 @@ macro_rules! tables {
             access_log,
             report,
             node_usage,
+            lease,
             traffic,
             usage,
             audit

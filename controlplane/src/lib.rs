@@ -7,6 +7,7 @@ pub mod backup;
 pub mod cli;
 pub mod config;
 pub mod http;
+pub mod lease;
 pub mod link;
 pub mod publish;
 pub mod store;

@@ -22,7 +22,7 @@ use tokio::{
 };
 
 use crate::{
-    publish,
+    lease, publish,
     store::{
         Actor, Change, ROWS, Store,
         entity::{command as asked, heartbeat, node, session},
@@ -206,6 +206,10 @@ impl Hub {
                 () = sleep_until(due) => {
                     due = None;
                     known = self.send_changes(peer, known).await?;
+                    let lowered = lease::trim(&self.store, node.key()).await?;
+                    if !lowered.leases.is_empty() {
+                        peer.send(down::Body::LeaseGrant(lowered)).await?;
+                    }
                 }
                 _ = looked.changed() => { last_command = self.command(peer, node, last_command).await?; }
                 _ = look.tick() => {
@@ -270,7 +274,15 @@ impl Hub {
                 peer.send(down::Body::RecordAck(ack)).await?;
             }
             up::Body::Live(live) => self.live(node, &live).await?,
-            up::Body::LeaseRequest(_) => {}
+            up::Body::LeaseRequest(request) => {
+                for users in request.users.chunks(ROWS) {
+                    let (grant, wanted) = lease::grant(&self.store, node.key(), users).await?;
+                    peer.send(down::Body::LeaseGrant(grant)).await?;
+                    if wanted {
+                        self.look();
+                    }
+                }
+            }
         }
         Ok(())
     }
@@ -356,6 +368,11 @@ impl Hub {
         for row in rows {
             last = row.id;
             let argument = row.argument.cast_unsigned();
+            if row.kind == "take_back" {
+                let lowered = lease::take_back(&self.store, node.key(), argument).await?;
+                peer.send(down::Body::LeaseGrant(lowered)).await?;
+                continue;
+            }
             let kind = match row.kind.as_str() {
                 "end_session" => command::Kind::EndSession(argument),
                 "end_user" => command::Kind::EndUser(argument),
@@ -417,4 +434,10 @@ struct Node {
     boot: u64,
     /// The generation of its copy.
     generation: u64,
+}
+
+impl Node {
+    fn key(&self) -> lease::Boot {
+        (self.row.id, self.boot.cast_signed())
+    }
 }

@@ -35,6 +35,28 @@ pub fn period_start(period: Option<&str>, now: i64) -> i64 {
     start.unix_timestamp() * SECOND
 }
 
+/// Begins to count for a quota: what was moved in its present period is already part of it.
+///
+/// # Errors
+/// The database failed.
+pub async fn begin(db: &DatabaseTransaction, user: &user::Model) -> Result<(), DbErr> {
+    let start = period_start(user.quota_period.as_deref(), now());
+    if user.quota_bytes.is_none() || start == 0 {
+        return Ok(());
+    }
+    usage::Entity::delete_by_id((user.id, start)).exec(db).await?;
+    let id = user.id;
+    let from = match start {
+        TOTAL => format!("user_usage WHERE user_id = {id} AND period = 0"),
+        _ => format!("traffic_logs WHERE user_id = {id} AND at >= {start}"),
+    };
+    let sql = format!(
+        "INSERT INTO user_usage (user_id, period, up, down) \
+         SELECT {id}, {start}, COALESCE(SUM(up), 0), COALESCE(SUM(down), 0) FROM {from}"
+    );
+    db.execute_raw(Statement::from_string(db.get_database_backend(), sql)).await.map(drop)
+}
+
 /// Applies a report; one that was applied before changes nothing. Returns users whose quota it spent.
 ///
 /// # Errors
@@ -63,7 +85,7 @@ async fn apply_once(
         _ => "ON CONFLICT (node_id, boot) DO UPDATE SET uncertain = uncertain",
     };
     let sql = format!(
-        "INSERT INTO reports (node_id, boot, sequence, records, uncertain) VALUES ({node}, {boot}, -1, 0, 0) {over}"
+        "INSERT INTO reports (node_id, boot, sequence, uncertain) VALUES ({node}, {boot}, -1, 0) {over}"
     );
     db.execute_raw(Statement::from_string(backend, sql)).await?;
     let known = report::Entity::find_by_id(key).one(db).await?;
@@ -74,7 +96,6 @@ async fn apply_once(
         node_id: Set(node),
         boot: Set(boot),
         sequence: Set(sequence),
-        records: Set(known.as_ref().map_or(0, |known| known.records)),
         uncertain: Set(said.uncertain.cast_signed()),
     };
     let over = OnConflict::columns([report::Column::NodeId, report::Column::Boot])
@@ -89,6 +110,7 @@ async fn apply_once(
     for part in users.chunks(ROWS) {
         spent.extend(apply_part(db, key, part).await?);
     }
+    crate::lease::told(db, key, said).await?;
     Ok(spent)
 }
 

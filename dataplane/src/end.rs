@@ -88,6 +88,8 @@ causes! {
     NodeLimit = "node_limit",
     /// A limit of the user.
     UserLimit = "user_limit",
+    /// The user has moved all that the quota allows.
+    QuotaSpent = "quota_spent",
     /// The name does not exist.
     Unresolved = "unresolved",
     /// The name could not be resolved now.

@@ -7,6 +7,7 @@
 //! goes on as another user, what it has done is added to the user's total in steps that recovery can
 //! take again after the process was killed between any two of them.
 
+mod lease;
 #[allow(unsafe_code)]
 mod map;
 mod recover;
@@ -21,6 +22,8 @@ use std::{
     },
 };
 
+use lease::Told;
+pub use lease::{Lease, Reserved, Wanted};
 pub use map::{Map, Region, path};
 use map::{Slot, State};
 pub use recover::{Recovered, recover};
@@ -74,8 +77,8 @@ struct Sums {
 }
 
 struct Sum {
-    user: u64,
     bytes: Bytes,
+    lease: Told,
     /// Among those that grew.
     listed: bool,
 }
@@ -106,15 +109,21 @@ impl Ledger {
     }
 
     /// The total of a user; `None` when there is no room for another.
-    fn total(&self, user: u64) -> Option<u32> {
-        let mut index = self.index.borrow_mut();
+    fn total(&self, lease: &Arc<Lease>) -> Option<u32> {
+        let (user, mut index) = (lease.user(), self.index.borrow_mut());
         if let Some(&known) = index.get(&user) {
+            let told = &mut self.sums.borrow_mut().all[known as usize].lease;
+            // The user was gone for a while.
+            if !Arc::ptr_eq(&told.lease, lease) {
+                *told = Told::new(lease);
+            }
             return Some(known);
         }
         let next = u32::try_from(index.len()).ok()?;
         self.region.totals().get(next as usize)?.user.store(user, Release);
         index.insert(user, next);
-        self.sums.borrow_mut().all.push(Sum { user, bytes: [0; 2], listed: false });
+        let sum = Sum { bytes: [0; 2], lease: Told::new(lease), listed: false };
+        self.sums.borrow_mut().all.push(sum);
         Some(next)
     }
 
@@ -124,9 +133,17 @@ impl Ledger {
         let told = |index: u32| {
             let sum = &mut all[index as usize];
             sum.listed = false;
-            (sum.user, sum.bytes)
+            (sum.lease.lease.user(), sum.bytes)
         };
         grown.drain(..).map(told).collect()
+    }
+
+    /// Takes from a user's lease what was moved before it began.
+    pub fn settle(&self, user: u64) {
+        if let Some(&index) = self.index.borrow().get(&user) {
+            let sum = &mut self.sums.borrow_mut().all[index as usize];
+            sum.lease.settle(sum.bytes[0] + sum.bytes[1], 0);
+        }
     }
 }
 
@@ -145,19 +162,18 @@ impl Meter {
         &self.ledger.region.slots()[self.index as usize]
     }
 
-    /// Bytes moved from now on are a user's, or nobody's (0). `false` when there is no room to count
-    /// for another user.
-    pub fn belongs_to(&self, user: u64) -> bool {
-        if self.user.get().map_or(0, |(known, _)| known) == user {
+    /// Bytes moved from now on are those of a lease's user, or nobody's. `false` when there is no room
+    /// to count for another user.
+    pub fn belongs_to(&self, lease: Option<&Arc<Lease>>) -> bool {
+        let user = lease.map(|lease| lease.user());
+        if self.user.get().map(|(known, _)| known) == user {
             return true;
         }
         self.settle();
         self.user.set(None);
-        if user == 0 {
-            return true;
-        }
-        let Some(total) = self.ledger.total(user) else { return false };
-        self.user.set(Some((user, total)));
+        let Some(lease) = lease else { return true };
+        let Some(total) = self.ledger.total(lease) else { return false };
+        self.user.set(Some((lease.user(), total)));
         self.slot().set(State::Live(total));
         true
     }
@@ -183,9 +199,9 @@ impl Meter {
         self.slot().pending[direction as usize].store(bytes as u64, Release);
     }
 
-    /// Says how many bytes the call moved.
+    /// Says how many bytes the call moved, and how many of them had been reserved from the lease.
     #[inline]
-    pub fn moved(&self, direction: Direction, bytes: usize) {
+    pub fn moved(&self, direction: Direction, bytes: usize, covered: u64) {
         let slot = self.slot();
         let done = &slot.done[direction as usize];
         done.store(done.load(Relaxed) + bytes as u64, Release);
@@ -195,6 +211,7 @@ impl Meter {
             let Sums { all, grown } = &mut *self.ledger.sums.borrow_mut();
             let sum = &mut all[total as usize];
             sum.bytes[direction as usize] += bytes as u64;
+            sum.lease.settle(sum.bytes[0] + sum.bytes[1], covered);
             if !std::mem::replace(&mut sum.listed, true) {
                 grown.push(total);
             }

@@ -31,9 +31,10 @@ use tokio::{
 use copy::Copy;
 
 use crate::{
-    ledger::{Bytes, Recovered, recover},
+    ledger::{Bytes, Lease, Recovered, recover},
     log::Spool,
     node::{Node, beside_the_workers},
+    policy::clock,
 };
 
 /// How often sums are reported when they changed.
@@ -46,6 +47,10 @@ const WELCOME: Duration = Duration::from_secs(5);
 const PAUSE: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(2));
 /// Records sent at once.
 const RECORDS: usize = 500;
+/// Users whose leases are asked for at once.
+const LEASES: usize = 500;
+/// When a lease that was not granted is asked for again: another node may have given some back.
+const ASK_AGAIN: Duration = Duration::from_millis(300);
 /// How often the spool is looked at.
 const LOOK: Duration = Duration::from_millis(200);
 /// Sessions listed at most.
@@ -67,6 +72,7 @@ pub struct Follower {
     /// Records and sums that other boots left.
     left: Mutex<(Vec<Spool>, Vec<Recovered>)>,
     sums: Mutex<Sums>,
+    leases: Mutex<Leases>,
     ending: Notify,
     ledger: PathBuf,
     /// The control plane's generation in force; 0 is none.
@@ -82,6 +88,24 @@ struct Sums {
     sequence: u64,
     /// A worker did not tell in time; what it had to tell is in the ledger's file only.
     missed: bool,
+}
+
+/// Leases of this boot, by user.
+#[derive(Default)]
+struct Leases {
+    /// All that were asked for.
+    known: HashMap<u64, Arc<Lease>>,
+    /// Those that are asked for and not answered yet.
+    asked: HashMap<u64, Instant>,
+    /// Those of which some was taken back, until the control plane knows what is left.
+    held: HashMap<u64, u64>,
+}
+
+/// A report that is not acknowledged yet.
+struct Sent {
+    sequence: u64,
+    sums: Vec<(u64, Bytes)>,
+    held: HashMap<u64, u64>,
 }
 
 /// How far the end of the node is.
@@ -136,6 +160,7 @@ impl Follower {
             spool: Arc::new(Spool::new(dir, boot).map_err(failed)?),
             left: Mutex::new(left),
             sums: Mutex::default(),
+            leases: Mutex::default(),
             ending: Notify::new(),
             ledger: crate::ledger::path(dir, boot),
         })
@@ -215,6 +240,7 @@ impl Follower {
         // The sums are those since the start: all of them once more do no harm, should the other side
         // have lost what it acknowledged.
         lock(&self.sums).acknowledged.clear();
+        lock(&self.leases).asked.values_mut().for_each(|due| *due = Instant::now());
         self.send_left(peer).await?;
 
         let mut report = interval(REPORT);
@@ -223,7 +249,7 @@ impl Follower {
         for tick in [&mut report, &mut beat, &mut look] {
             tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
         }
-        let mut outstanding: Option<(u64, Vec<(u64, Bytes)>)> = None;
+        let mut outstanding: Option<Sent> = None;
         // Everything that is not acknowledged is sent anew on a new connection.
         let mut sent_record = 0;
         let mut end = End::No;
@@ -231,24 +257,35 @@ impl Follower {
             tokio::select! {
                 received = peer.receive() => match received?.body {
                     Some(down::Body::ReportAck(ack)) if ack.boot == self.boot => {
-                        if let Some((sequence, users)) =
-                            outstanding.take_if(|sent| sent.0 <= ack.sequence)
+                        if let Some(sent) =
+                            outstanding.take_if(|sent| sent.sequence <= ack.sequence)
                         {
-                            lock(&self.sums).acknowledged.extend(users);
-                            if sequence == LAST {
+                            lock(&self.sums).acknowledged.extend(sent.sums);
+                            let known = |user: &u64, held: &mut u64| sent.held.get(user) != Some(held);
+                            lock(&self.leases).held.retain(known);
+                            if sent.sequence == LAST {
                                 let _ = std::fs::remove_file(&self.ledger);
                                 end = End::Reported;
                             }
                         }
                     }
+                    Some(down::Body::LeaseGrant(grant)) => {
+                        if self.granted(node, grant).await {
+                            // Others wait for what was taken back.
+                            report.reset_immediately();
+                        }
+                    }
                     Some(body) => self.heard(node, peer, body).await?,
                     None => {}
                 },
+                () = node.shared.wanted.wait() => self.ask(node, peer).await?,
                 _ = report.tick(), if outstanding.is_none() && end == End::No => {
                     outstanding = self.report(node, peer, false).await?;
                 }
                 _ = beat.tick() => self.beat(node, peer).await?,
                 _ = look.tick() => {
+                    // What is not answered has to wait for another node.
+                    self.ask(node, peer).await?;
                     let records = self.spool.after(sent_record, RECORDS)?;
                     if let Some(last) = records.last() {
                         sent_record = last.sequence;
@@ -278,6 +315,7 @@ impl Follower {
                     user: *user,
                     up: sum[0],
                     down: sum[1],
+                    held: None,
                 };
                 reports.push(link::Report {
                     boot: found.boot,
@@ -357,6 +395,54 @@ impl Follower {
         Ok(())
     }
 
+    /// Asks for what leases run short of.
+    async fn ask(&self, node: &Node, peer: &mut Peer) -> Result<(), Gone> {
+        let users: Vec<u64> = {
+            let Leases { known, asked, .. } = &mut *lock(&self.leases);
+            let now = Instant::now();
+            for lease in node.shared.wanted.take() {
+                asked.entry(lease.user()).or_insert(now);
+                known.insert(lease.user(), lease);
+            }
+            asked.retain(|user, _| known.get(user).is_some_and(|lease| lease.epoch().is_some()));
+            let due = asked.iter_mut().filter(|(_, due)| **due <= now);
+            due.map(|(user, due)| {
+                *due = now + ASK_AGAIN;
+                *user
+            })
+            .collect()
+        };
+        for users in users.chunks(LEASES) {
+            let users = users.to_vec();
+            peer.send(up::Body::LeaseRequest(link::LeaseRequest { users })).await?;
+        }
+        Ok(())
+    }
+
+    /// Puts grants in force; whether some of a lease was taken back.
+    async fn granted(&self, node: &Node, grant: link::LeaseGrant) -> bool {
+        let mut taken_back = false;
+        for granted in grant.leases {
+            let lease = lock(&self.leases).known.get(&granted.user).cloned();
+            let Some(lease) = lease else { continue };
+            let before = lease.limit();
+            if before == 0 {
+                node.settle(granted.user).await;
+            }
+            let holds = lease.set_limit(granted.limit);
+            if granted.spent {
+                lease.set_spent(clock());
+            }
+            let mut leases = lock(&self.leases);
+            leases.asked.remove(&granted.user);
+            if granted.limit < before {
+                leases.held.insert(granted.user, holds);
+                taken_back = true;
+            }
+        }
+        taken_back
+    }
+
     /// Puts a policy in force and keeps a copy of it; says so, or why not. All of it on the thread that
     /// compiles: this one resolves names.
     async fn put(
@@ -400,9 +486,10 @@ impl Follower {
         node: &Arc<Node>,
         peer: &mut Peer,
         last: bool,
-    ) -> Result<Option<(u64, Vec<(u64, Bytes)>)>, Gone> {
+    ) -> Result<Option<Sent>, Gone> {
         // Sessions that were cut may not be over yet; then the ledger's file says the last word.
         let over = node.sessions_active() == 0;
+        let held = lock(&self.leases).held.clone();
         let (totals, whole) = node.totals().await;
         let (sequence, users, missed) = {
             let mut sums = lock(&self.sums);
@@ -414,9 +501,12 @@ impl Follower {
                 }
             }
             let changed = |(user, sum): (&u64, &Bytes)| {
-                (sums.acknowledged.get(user) != Some(sum)).then_some((*user, *sum))
+                let told = sums.acknowledged.get(user) == Some(sum) && !held.contains_key(user);
+                (!told).then_some((*user, *sum))
             };
-            let users: Vec<(u64, Bytes)> = sums.all.iter().filter_map(changed).collect();
+            let mut users: Vec<(u64, Bytes)> = sums.all.iter().filter_map(changed).collect();
+            let unmoved = held.keys().filter(|user| !sums.all.contains_key(user));
+            users.extend(unmoved.map(|user| (*user, [0; 2])));
             sums.sequence += 1;
             sums.missed |= !whole;
             (if last { LAST } else { sums.sequence }, users, sums.missed)
@@ -424,11 +514,15 @@ impl Follower {
         if last && (missed || !over) {
             return Err(Gone::Ended);
         }
-        if users.is_empty() && !last {
+        if users.is_empty() && held.is_empty() && !last {
             return Ok(None);
         }
-        let usage =
-            |(user, sum): &(u64, Bytes)| link::Usage { user: *user, up: sum[0], down: sum[1] };
+        let usage = |(user, sum): &(u64, Bytes)| link::Usage {
+            user: *user,
+            up: sum[0],
+            down: sum[1],
+            held: held.get(user).copied(),
+        };
         let report = link::Report {
             boot: self.boot,
             sequence,
@@ -437,7 +531,7 @@ impl Follower {
             uncertain: 0,
         };
         peer.send(up::Body::Report(report)).await?;
-        Ok(Some((sequence, users)))
+        Ok(Some(Sent { sequence, sums: users, held }))
     }
 
     async fn beat(&self, node: &Arc<Node>, peer: &mut Peer) -> Result<(), Gone> {

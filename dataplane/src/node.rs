@@ -38,7 +38,9 @@ use crate::{
     ledger::{Bytes, Direction, Map, Region},
     link::Follower,
     log::AccessLog,
-    policy::{LoginPool, OwnAddresses, RememberKey, Snapshot, Table, Throttles, UserUse, compile},
+    policy::{
+        LoginPool, OwnAddresses, RememberKey, Snapshot, Table, Throttles, UserId, UserUse, compile,
+    },
     session::LiveInfo,
     telemetry::WorkerCounters,
     upstream::{LOOKUPS_MAX, Resolver},
@@ -202,10 +204,11 @@ impl Node {
             },
         )?;
         let places = NodePlaces::new(sessions_max(config.sessions));
-        let everyone = Arc::new(UserUse::default());
+        let everyone = Arc::new(UserUse::new(UserId(0)));
         everyone.apply(&config.settings.node);
         let shared = Arc::new(Shared {
             everyone,
+            wanted: Arc::default(),
             snapshot: ArcSwap::from_pointee(snapshot),
             addresses: Arc::new(Table::new(places.max().min(1 << 20))),
             places,
@@ -385,6 +388,14 @@ impl Node {
             }
         }
         (totals, whole)
+    }
+
+    /// Has every worker take from a user's lease what it moved before the lease began.
+    pub async fn settle(&self, user: u64) {
+        for answer in self.ask(|reply| Message::Settle(user, reply)) {
+            // One that does not answer takes it with the user's next byte.
+            let _ = tokio::time::timeout(ALIVE, answer).await;
+        }
     }
 
     /// Ends all sessions of a user.

@@ -274,7 +274,8 @@ impl Session {
 
     fn allowance(&self) -> Allowance {
         let user = self.login.borrow().as_ref().map(|login| login.user.shared.clone());
-        Allowance::new(user, self.worker.shared.everyone.clone())
+        let shared = &self.worker.shared;
+        Allowance::new(user, shared.everyone.clone(), shared.wanted.clone())
     }
 
     /// Between two requests of a connection: the idle deadline holds, then the handshake's.

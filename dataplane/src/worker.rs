@@ -28,7 +28,7 @@ pub use place::{NodePlace, NodePlaces};
 
 use crate::{
     end::Cause,
-    ledger::{Bytes, Ledger, Region},
+    ledger::{Bytes, Ledger, Region, Wanted},
     policy::{LoginPool, Snapshot, Table, Throttles, UserUse},
     session::{Live, LiveInfo, Record},
     telemetry::WorkerCounters,
@@ -50,6 +50,8 @@ pub struct Shared {
     pub places: Arc<NodePlaces>,
     /// What all sessions share: rates of the node.
     pub everyone: Arc<UserUse>,
+    /// Leases that run low.
+    pub wanted: Arc<Wanted>,
     /// Sessions and rates of client addresses.
     pub addresses: Arc<Table>,
     /// Failed logins.
@@ -87,6 +89,8 @@ pub enum Message {
     Ping(oneshot::Sender<()>),
     /// What have users moved?
     Totals(oneshot::Sender<Vec<(u64, Bytes)>>),
+    /// Take from a user's lease what was moved before it began.
+    Settle(u64, oneshot::Sender<()>),
     /// End all sessions of a user.
     EndUser(u64, Cause),
     /// Which sessions run?
@@ -266,6 +270,10 @@ impl Worker {
             }
             Message::Totals(reply) => {
                 let _ = reply.send(self.ledger.tell());
+            }
+            Message::Settle(user, reply) => {
+                self.ledger.settle(user);
+                let _ = reply.send(());
             }
             Message::EndUser(user, cause) => {
                 for live in self.live().iter().filter(|live| live.user_id() == user) {

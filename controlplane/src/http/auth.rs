@@ -83,7 +83,7 @@ async fn grant(app: &App, user: &user::Model) -> Result<Granted> {
         hash: Set(token.hash),
         user_id: Set(user.id),
         // Whatever voids the access token voids this one.
-        family: Set(user.token_epoch.to_string()),
+        epoch: Set(user.token_epoch),
         used: Set(false),
         expires_at: Set(now() + app.refresh_life),
     };
@@ -161,7 +161,7 @@ async fn renew(
     }
     let user = user::Entity::find_by_id(token.user_id).one(db).await?;
     let good = |user: &user::Model| {
-        is_active(user) && token.family == user.token_epoch.to_string() && token.expires_at > now()
+        is_active(user) && token.epoch == user.token_epoch && token.expires_at > now()
     };
     let user = user.filter(good).ok_or_else(expired)?;
     grant(&app, &user).await

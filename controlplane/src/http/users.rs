@@ -599,6 +599,9 @@ async fn update(
     }
     row.updated_at = Set(now());
     let user = row.update(db).await?;
+    if user.quota_bytes.is_some() && user.quota_period != old.quota_period {
+        crate::usage::begin(db, &user).await?;
+    }
     keep_an_admin(db).await?;
     let change = Change::new("user.update", &user.name).old(&audited(&old));
     let change = change.new_value(&audited(&user)).user(user.id);

@@ -89,11 +89,15 @@ table!(
 );
 table!(
     /// What was applied of each boot of a node.
-    report = "reports", false: node_id: i64, boot: i64; sequence: i64, records: i64, uncertain: i64
+    report = "reports", false: node_id: i64, boot: i64; sequence: i64, uncertain: i64
 );
 table!(
     /// The sums of a boot, as last reported.
     node_usage = "node_usage", false: node_id: i64, boot: i64, user_id: i64; up: i64, down: i64
+);
+table!(
+    /// What a boot may move of users' quotas: the sum of both directions it may reach.
+    lease = "leases", false: node_id: i64, boot: i64, user_id: i64; granted: i64, updated_at: i64
 );
 table!(
     /// Traffic by minute.
@@ -112,7 +116,7 @@ table!(
 table!(
     /// Refresh tokens, hashed.
     refresh = "refresh_tokens", false: hash: String;
-    user_id: i64, family: String, used: bool, expires_at: i64,
+    user_id: i64, epoch: i64, used: bool, expires_at: i64,
 );
 table!(
     /// What is asked of nodes.

@@ -213,13 +213,7 @@ fn tables() -> Vec<TableCreateStatement> {
         // What has been applied of each boot of a node.
         table(
             "reports",
-            &[
-                ("node_id", Number),
-                ("boot", Number),
-                ("sequence", Number),
-                ("records", Number),
-                ("uncertain", Number),
-            ],
+            &[("node_id", Number), ("boot", Number), ("sequence", Number), ("uncertain", Number)],
             &["node_id", "boot"],
         ),
         table(
@@ -230,6 +224,17 @@ fn tables() -> Vec<TableCreateStatement> {
                 ("user_id", Number),
                 ("up", Number),
                 ("down", Number),
+            ],
+            &["node_id", "boot", "user_id"],
+        ),
+        table(
+            "leases",
+            &[
+                ("node_id", Number),
+                ("boot", Number),
+                ("user_id", Number),
+                ("granted", Number),
+                ("updated_at", Number),
             ],
             &["node_id", "boot", "user_id"],
         ),
@@ -269,7 +274,7 @@ fn tables() -> Vec<TableCreateStatement> {
             &[
                 ("hash", Name(64)),
                 ("user_id", Number),
-                ("family", Name(64)),
+                ("epoch", Number),
                 ("used", Flag),
                 ("expires_at", Number),
             ],
@@ -290,6 +295,7 @@ const INDICES: &[(&str, bool, &[&str])] = &[
     ("bandwidth_limits", true, &["kind", "subject"]),
     ("ip_whitelist", true, &["cidr"]),
     ("nodes", true, &["name"]),
+    ("leases", false, &["user_id"]),
     ("access_logs", true, &["node_id", "boot", "sequence"]),
     ("access_logs", false, &["at"]),
     ("access_logs", false, &["user_id", "at"]),

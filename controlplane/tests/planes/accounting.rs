@@ -2,7 +2,7 @@
 
 use std::{
     io::{Read, Write},
-    net::{Shutdown, SocketAddr},
+    net::{Shutdown, SocketAddr, TcpListener, TcpStream},
     thread,
     time::Duration,
 };
@@ -201,12 +201,111 @@ fn a_spent_quota_ends_the_users_sessions_and_a_reset_gives_it_back() {
         let id = planes.user("ann", json!({ "limits": limits }));
         let mut idle = await_some("tunnel", || node.tunnel("ann", target).ok());
         transfer(&node, "ann", target, 400_000);
-        transfer(&node, "ann", target, 400_000);
+        let mut cut = node.tunnel("ann", target).unwrap();
+        let _ = cut.write_all(&[7; 400_000]);
+        assert!(cut.read_to_end(&mut Vec::new()).is_err(), "what was cut does not look finished");
+        await_some("bytes", || (planes.used(&id) == 1_000_000).then_some(()));
         assert!(!matches!(idle.read(&mut [0]), Ok(1..)));
         await_some("refusal", || node.tunnel("ann", target).err());
         planes.must("POST", &format!("/users/{id}/usage/reset"), Value::Null);
         await_some("tunnel", || node.tunnel("ann", target).ok());
         let usage = planes.must("GET", &format!("/users/{id}/usage"), Value::Null);
-        assert_eq!((usage["used"].as_u64(), usage["up"].as_u64()), (Some(0), Some(800_000)));
+        let ever = usage["up"].as_u64().unwrap() + usage["down"].as_u64().unwrap();
+        assert_eq!((usage["used"].as_u64(), ever), (Some(0), 1_000_000));
+    });
+}
+
+/// A target that says as much as is read.
+fn source() -> SocketAddr {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = listener.local_addr().unwrap();
+    thread::spawn(move || {
+        for stream in listener.incoming() {
+            thread::spawn(move || {
+                let mut stream = stream.unwrap();
+                while stream.write_all(&[7; 64 * 1024]).is_ok() {}
+            });
+        }
+    });
+    address
+}
+
+/// What comes until the session is cut.
+fn drink(mut stream: TcpStream) -> u64 {
+    let (mut buffer, mut received) = (vec![0; 64 * 1024], 0);
+    while let Ok(bytes @ 1..) = stream.read(&mut buffer) {
+        received += bytes as u64;
+    }
+    received
+}
+
+/// RELIABILITY D4: a quota is a quota over all sessions, workers and nodes.
+#[test]
+fn a_quota_is_not_overshot_by_many_sessions_on_two_nodes() {
+    const QUOTA: u64 = 100_000_000;
+    on_each(|planes| {
+        let (nodes, target) = ([planes.node("one"), planes.node("two")], source());
+        let limits = json!({ "quota_bytes": QUOTA, "quota_period": "total" });
+        let id = planes.user("ann", json!({ "limits": limits }));
+        let bob = planes.user("bob", json!({}));
+        let bobs = nodes
+            .each_ref()
+            .map(|node| await_some("bob's tunnel", || node.tunnel("bob", echo()).ok()));
+        let tunnel = |node: &Node| await_some("tunnel", || node.tunnel("ann", target).ok());
+        let streams: Vec<TcpStream> = (0..50).map(|n| tunnel(&nodes[n % 2])).collect();
+        let readers = streams.into_iter().map(|stream| thread::spawn(move || drink(stream)));
+        let readers: Vec<_> = readers.collect();
+        let received: u64 = readers.into_iter().map(|reader| reader.join().unwrap()).sum();
+        assert!(received <= QUOTA, "{received}");
+        await_some("all of it", || (planes.used(&id) >= QUOTA).then_some(()));
+        for node in &nodes {
+            await_some("refusal", || node.tunnel("ann", target).err());
+        }
+        // Whoever restarts gets no more.
+        for mut node in nodes {
+            node.program.kill();
+            planes.again(&mut node);
+            await_some("refusal", || node.tunnel("ann", target).err());
+            drop(node);
+        }
+        assert_eq!(planes.used(&id), QUOTA);
+        drop(bobs);
+        assert_eq!(planes.used(&bob), 0);
+    });
+}
+
+/// A quota that is lowered while nodes hold leases of it, and raised again.
+#[test]
+fn a_changed_quota_holds_for_what_runs() {
+    on_each(|planes| {
+        let (node, target) = (planes.node("edge"), echo());
+        let id = planes.user("ann", json!({}));
+        let path = format!("/users/{id}");
+        let quota = |bytes: u64| {
+            let limits = json!({ "quota_bytes": bytes, "quota_period": "month" });
+            planes.must("PATCH", &path, json!({ "limits": limits }));
+        };
+        // What was moved before there was a quota counts too, for it is of this month.
+        let mut moved = {
+            await_some("tunnel", || node.tunnel("ann", target).ok());
+            transfer(&node, "ann", target, 300_000)
+        };
+        await_some("report", || (planes.used(&id) >= moved).then_some(()));
+        quota(100_000_000);
+        moved += await_some("transfer", || Some(transfer(&node, "ann", target, 100_000)));
+        await_some("report", || (planes.used(&id) >= moved).then_some(()));
+        quota(1_000_000);
+        pause(Duration::from_millis(500));
+        let mut cut = node.tunnel("ann", target).unwrap();
+        let _ = cut.write_all(&[7; 400_000]);
+        let _ = cut.read_to_end(&mut Vec::new());
+        await_some("bytes", || (planes.used(&id) >= 1_000_000).then_some(()));
+        await_some("refusal", || node.tunnel("ann", target).err());
+        pause(Duration::from_millis(1500));
+        assert_eq!(planes.used(&id), 1_000_000);
+        quota(2_000_000);
+        await_some("tunnel", || node.tunnel("ann", target).ok());
+        moved = 1_000_000 + transfer(&node, "ann", target, 200_000);
+        await_some("bytes", || (planes.used(&id) == moved).then_some(()));
     });
 }

@@ -119,6 +119,9 @@ pub struct Limits {
     pub source_addresses: Option<Vec<IpNet>>,
     /// The local address to dial from.
     pub egress_address: Option<IpAddr>,
+    /// Bytes are moved only on leases of the control plane, which keeps the quota; never in a file.
+    #[serde(skip)]
+    pub metered: bool,
 }
 
 /// Targets, in any of several ways; a target in one of the lists matches. With `port` it must also use

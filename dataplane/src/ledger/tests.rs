@@ -9,7 +9,7 @@ fn ledger(dir: &std::path::Path, boot: u64) -> Rc<Ledger> {
 
 fn moved(meter: &Meter, bytes: usize) {
     meter.pending(UP, bytes);
-    meter.moved(UP, bytes);
+    meter.moved(UP, bytes, 0);
 }
 
 fn told(ledger: &Ledger) -> Vec<(u64, Bytes)> {
@@ -23,20 +23,20 @@ fn sums_are_those_of_ended_and_running_sessions() {
     let dir = tempfile::tempdir().unwrap();
     let ledger = ledger(dir.path(), 7);
     let (first, second) = (ledger.open().unwrap(), ledger.open().unwrap());
-    assert!(first.belongs_to(1) && second.belongs_to(1));
+    assert!(first.belongs_to(Some(&Lease::new(1))) && second.belongs_to(Some(&Lease::new(1))));
     moved(&first, 10);
     moved(&second, 5);
     assert_eq!(told(&ledger), [(1, [15, 0])]);
     drop(first);
     assert_eq!(told(&ledger), [], "an end moves nothing");
     // The session goes on as somebody else's.
-    assert!(second.belongs_to(2));
+    assert!(second.belongs_to(Some(&Lease::new(2))));
     moved(&second, 100);
     assert_eq!(second.done(UP), 105);
     assert_eq!(told(&ledger), [(2, [100, 0])]);
     drop(second);
     let third = ledger.open().unwrap();
-    assert!(third.belongs_to(1));
+    assert!(third.belongs_to(Some(&Lease::new(1))));
     moved(&third, 1);
     assert_eq!(told(&ledger), [(1, [16, 0])]);
 }
@@ -57,7 +57,7 @@ fn a_killed_process_leaves_its_sums() {
     let dir = tempfile::tempdir().unwrap();
     let ledger = ledger(dir.path(), 9);
     let (ended, running) = (ledger.open().unwrap(), ledger.open().unwrap());
-    assert!(ended.belongs_to(1) && running.belongs_to(1));
+    assert!(ended.belongs_to(Some(&Lease::new(1))) && running.belongs_to(Some(&Lease::new(1))));
     moved(&ended, 10);
     drop(ended);
     moved(&running, 7);
@@ -78,12 +78,12 @@ fn a_close_can_be_taken_again() {
         let ledger = ledger(dir.path(), 9);
         // Another session of the same user, in a slot before.
         let running = ledger.open().unwrap();
-        assert!(running.belongs_to(1));
+        assert!(running.belongs_to(Some(&Lease::new(1))));
         moved(&running, 100);
         let meter = ledger.open().unwrap();
-        assert!(meter.belongs_to(1));
+        assert!(meter.belongs_to(Some(&Lease::new(1))));
         moved(&meter, 10);
-        assert!(meter.belongs_to(2) && meter.belongs_to(1));
+        assert!(meter.belongs_to(Some(&Lease::new(2))) && meter.belongs_to(Some(&Lease::new(1))));
         moved(&meter, 5);
         let (slot, total) = (meter.slot(), &ledger.region.totals()[0]);
         if steps > 0 {

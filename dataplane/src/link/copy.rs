@@ -171,6 +171,7 @@ fn user(user: &User) -> api::User {
             source_addresses: (!user.source_addresses.is_empty())
                 .then(|| networks.collect::<Option<Vec<_>>>().unwrap_or_default()),
             egress_address: user.egress_address.parse().ok(),
+            metered: user.metered,
         },
     }
 }

@@ -200,8 +200,9 @@ impl Compiler {
             },
         };
         let limits = user.limits.clone();
+        let id = UserId(user.id.unwrap_or_else(|| stable_hash(&user.name)));
         Some(User {
-            id: UserId(user.id.unwrap_or_else(|| stable_hash(&user.name))),
+            id,
             name: user.name.as_str().into(),
             credential,
             status: user.status,
@@ -209,8 +210,7 @@ impl Compiler {
             groups: user.groups.iter().map(|name| stable_hash(name)).collect(),
             sources: limits.source_addresses.clone().map(NetSet::new),
             egress: limits.egress_address,
-            shared: known
-                .map_or_else(|| Arc::new(UserUse::default()), |known| known.shared.clone()),
+            shared: known.map_or_else(|| Arc::new(UserUse::new(id)), |known| known.shared.clone()),
             fingerprint: fingerprint(user),
             limits,
         })
@@ -251,7 +251,7 @@ fn fingerprint(user: &api::User) -> u64 {
         ),
         user.expires.map(|time| time.unix_timestamp()),
         (limits.up.map(|rate| rate.0), limits.down.map(|rate| rate.0), limits.burst.map(|b| b.0)),
-        (limits.sessions, limits.new_sessions_per_second, limits.devices),
+        (limits.sessions, limits.new_sessions_per_second, limits.devices, limits.metered),
         (&limits.source_addresses, limits.egress_address),
     ))
 }

@@ -10,7 +10,7 @@ use std::{
 
 use culvert_api::policy::{self as api, Status};
 
-use crate::ledger::Direction;
+use crate::ledger::{Direction, Lease};
 
 use super::{Bucket, Credential, Held, NetSet, Table, TableError, client_key};
 
@@ -57,8 +57,10 @@ impl User {
 }
 
 /// What all sessions of a user share, or all sessions of the node.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct UserUse {
+    /// What of the user's quota may be moved.
+    pub lease: Arc<Lease>,
     /// Bytes a second to targets.
     up: Bucket,
     /// Bytes a second to the client.
@@ -89,6 +91,20 @@ pub enum AdmissionError {
 }
 
 impl UserUse {
+    /// Of a user (0: of the node as a whole), without limits.
+    pub fn new(user: UserId) -> Self {
+        Self {
+            lease: Lease::new(user.0),
+            up: Bucket::default(),
+            down: Bucket::default(),
+            new_sessions: Bucket::default(),
+            sessions: AtomicU32::new(0),
+            sessions_max: AtomicU32::new(u32::MAX),
+            devices: arc_swap::ArcSwapOption::empty(),
+            devices_max: AtomicU32::new(0),
+        }
+    }
+
     /// The bytes a second of a direction.
     pub fn bucket(&self, direction: Direction) -> &Bucket {
         match direction {
@@ -109,6 +125,7 @@ impl UserUse {
         let (up, down) = (rate(limits.up), rate(limits.down));
         self.up.set(up, burst(up));
         self.down.set(down, burst(down));
+        self.lease.set_metered(limits.metered);
         let new = limits.new_sessions_per_second.unwrap_or(0).into();
         self.new_sessions.set(new, new);
         self.sessions_max.store(limits.sessions.unwrap_or(u32::MAX), Relaxed);
@@ -162,7 +179,7 @@ mod tests {
     use super::*;
 
     fn with(limits: api::Limits) -> Arc<UserUse> {
-        let user = Arc::new(UserUse::default());
+        let user = Arc::new(UserUse::new(UserId(1)));
         user.apply(&limits);
         user
     }

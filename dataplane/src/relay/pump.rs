@@ -158,18 +158,22 @@ impl Pump<'_> {
 
     /// The kernel has taken bytes for the destination.
     fn moved(&self, bytes: usize) {
-        self.context().meter.moved(self.direction, bytes);
+        let covered = self.context().allowance.moved(bytes);
+        self.context().meter.moved(self.direction, bytes, covered);
         self.context().watch.touch();
     }
 
     /// How many bytes may be received now, of `want`.
     async fn reserve(&self, want: usize) -> Result<usize, Cut> {
         let allowance = self.context().allowance;
-        if !allowance.is_limited(self.direction) {
+        if allowance.is_open(self.direction) {
             return Ok(want);
         }
-        // A limited flow asks for what is there, not for what its buffer could take.
-        let want = self.from.socket.available().clamp(1, want);
+        // A flow with a rate asks for what is there, not for what its buffer could take.
+        let want = match allowance.has_rate(self.direction) {
+            true => self.from.socket.available().clamp(1, want),
+            false => want,
+        };
         let granted = allowance.reserve(self.direction, want, self.context().watch).await;
         granted.map_err(Cut::stopped)
     }
@@ -279,7 +283,7 @@ impl Pump<'_> {
     fn is_plain(&self) -> bool {
         self.from.framing().is_none()
             && self.to.framing().is_none()
-            && !self.context().allowance.is_limited(self.direction)
+            && !self.context().allowance.has_rate(self.direction)
     }
 
     fn end_of_input(&self) -> Result<Flow, Cut> {
@@ -378,12 +382,18 @@ impl Pump<'_> {
 
     /// Moves bytes through a pipe without copying them.
     async fn splice(&self, lean: u8, way: &mut Way) -> Result<Flow, Cut> {
+        // First the leave, which may take a while, then the pipe.
+        let granted = self.reserve(PIPE_BYTES).await?;
         let pipe = if self.is_plain() { Pipe::take() } else { None };
         let Some(mut pipe) = pipe else {
+            self.context().allowance.unused(self.direction, granted);
             *way = Way::Large(0);
             return self.copy(way).await;
         };
-        let flow = match pipe.fill_from(self.from.socket, PIPE_BYTES) {
+        let filled = pipe.fill_from(self.from.socket, granted);
+        let unused = granted - filled.as_ref().unwrap_or(&0);
+        self.context().allowance.unused(self.direction, unused);
+        let flow = match filled {
             Ok(0) => Flow::Ended,
             Ok(filled) => {
                 self.course.spliced.set(true);

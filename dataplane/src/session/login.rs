@@ -130,7 +130,7 @@ impl Session {
         }
         // The place of the user before is free first.
         *login = None;
-        let admission = match self.meter.belongs_to(user.id.0) {
+        let admission = match self.meter.belongs_to(Some(&user.shared.lease)) {
             true => user.shared.admit(self.peer.ip(), clock()),
             // More users than this boot can count for.
             false => Err(AdmissionError::Sessions),
@@ -140,7 +140,7 @@ impl Session {
 
     /// The session counts for nobody.
     pub(super) fn become_nobody(&self) {
-        self.meter.belongs_to(0);
+        self.meter.belongs_to(None);
         self.login.replace(None);
     }
 }

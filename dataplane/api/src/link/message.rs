@@ -290,6 +290,9 @@ pub struct Usage {
     /// Bytes to clients.
     #[prost(uint64, tag = "3")]
     pub down: u64,
+    /// What is left of the user's lease after some was taken back: the sum that may be reached.
+    #[prost(uint64, optional, tag = "4")]
+    pub held: Option<u64>,
 }
 
 /// A report, and all before it, will never be asked for again.
@@ -347,12 +350,27 @@ pub struct LeaseRequest {
     pub users: Vec<u64>,
 }
 
-/// How many bytes a user may have moved in all during this boot.
+/// What users may move.
 #[derive(Clone, PartialEq, Message)]
 pub struct LeaseGrant {
-    /// The users; `up` is the sum of both directions that may be reached, `down` is unused.
+    /// The users.
     #[prost(message, repeated, tag = "1")]
-    pub users: Vec<Usage>,
+    pub leases: Vec<Lease>,
+}
+
+/// What one user may move. Less than before takes back what the node has not spent; the node answers
+/// with what it holds then ([`Usage::held`]).
+#[derive(Clone, PartialEq, Message)]
+pub struct Lease {
+    /// The user.
+    #[prost(uint64, tag = "1")]
+    pub user: u64,
+    /// The sum of this boot, both directions together, that may be reached.
+    #[prost(uint64, tag = "2")]
+    pub limit: u64,
+    /// The quota has nothing more to grant.
+    #[prost(bool, tag = "3")]
+    pub spent: bool,
 }
 
 /// The sessions that run.
