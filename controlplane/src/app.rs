@@ -10,7 +10,7 @@ use crate::{
     auth::{LoginThrottle, Tokens, hash_password, random_password, secret_file},
     config::Config,
     http::{self, App},
-    link::Hub,
+    link::{Authority, Hub},
     store::{
         Actor, Change, Store,
         entity::{access_log, audit, change, command, heartbeat, refresh, traffic, user},
@@ -138,6 +138,7 @@ pub fn parts(config: &Config, store: Store) -> anyhow::Result<App> {
     let key = secret_file(&path).with_context(|| path.display().to_string())?;
     Ok(App {
         hub: Hub::new(store.clone()),
+        authority: Arc::new(Authority::open(&config.state.dir)?),
         store,
         tokens: Arc::new(Tokens::new(&key, config.auth.access_token.0)),
         refresh_life: i64::try_from(config.auth.refresh_token.0.as_micros())?,
@@ -162,10 +163,14 @@ pub async fn serve(
     first_admin(&store, &config.state.dir).await?;
     let app = parts(config, store.clone())?;
     app.hub.listen(&config.link_path(), config.link.allow_uids.clone())?;
+    let nodes = match config.link.bind {
+        Some(bind) => Some(app.hub.listen_tls(bind, &app.authority).await?),
+        None => None,
+    };
     tokio::spawn(look(store.clone()));
     tokio::spawn(periods(store.clone()));
     tokio::spawn(clean(store));
-    tracing::info!(address = %listener.local_addr()?, link = %config.link_path().display(), "listening");
+    tracing::info!(address = %listener.local_addr()?, link = %config.link_path().display(), ?nodes, "listening");
     let service = http::router(app).into_make_service_with_connect_info::<std::net::SocketAddr>();
     axum::serve(listener, service).with_graceful_shutdown(ended).await?;
     Ok(())

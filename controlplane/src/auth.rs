@@ -6,4 +6,4 @@ mod token;
 
 pub use password::{check_password, hash_password, random_password, verify_password};
 pub use throttle::LoginThrottle;
-pub use token::{Claims, RefreshToken, Tokens, secret_file};
+pub use token::{Claims, RefreshToken, Tokens, secret_file, secret_file_with};

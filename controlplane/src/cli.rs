@@ -15,6 +15,7 @@ use crate::{
     backup,
     config::{Config, LogFormat},
     http,
+    link::Authority,
     store::{
         Actor, Change,
         entity::{node, user},
@@ -104,9 +105,17 @@ enum UserCommand {
 
 #[derive(Debug, Subcommand)]
 enum NodeCommand {
-    /// Enrol a node.
+    /// Enrol a node of another host, and write its identity to standard output: the file that
+    /// `[control] identity` of the node names. A node on this host enrols itself by connecting.
     Add {
         /// Its `node.name`.
+        name: String,
+        #[command(flatten)]
+        file: File,
+    },
+    /// Give a node another identity; the one before is worthless at once.
+    Identity {
+        /// Its name.
         name: String,
         #[command(flatten)]
         file: File,
@@ -265,11 +274,33 @@ impl NodeCommand {
     async fn run(self) -> anyhow::Result<()> {
         match self {
             Self::Add { name, file } => {
-                let store = app::store(&file.load()?).await?;
+                let config = file.load()?;
+                let store = app::store(&config).await?;
+                http::check_name(&name).map_err(|problem| anyhow::anyhow!("{}", problem.detail))?;
+                let issued = Authority::open(&config.state.dir)?.node(&name)?;
                 let edit = store.edit(actor()).await?;
                 let db = edit.db();
-                http::new_node(&name).insert(db).await.map_err(failed)?;
-                edit.commit(Change::new("node.add", &name)).await.map_err(failed)
+                http::new_node(&name, &issued.fingerprint).insert(db).await.map_err(failed)?;
+                edit.commit(Change::new("node.add", &name)).await.map_err(failed)?;
+                print!("{}", issued.pem);
+                Ok(())
+            }
+            Self::Identity { name, file } => {
+                let config = file.load()?;
+                let store = app::store(&config).await?;
+                let issued = Authority::open(&config.state.dir)?.node(&name)?;
+                let edit = store.edit(actor()).await?;
+                let replaced = node::Entity::update_many()
+                    .col_expr(node::Column::Certificate, issued.fingerprint.into())
+                    .filter(node::Column::Name.eq(&name))
+                    .exec(edit.db())
+                    .await?;
+                if replaced.rows_affected == 0 {
+                    anyhow::bail!("there is no node {name:?}");
+                }
+                edit.commit(Change::new("node.identity", &name)).await.map_err(failed)?;
+                print!("{}", issued.pem);
+                Ok(())
             }
             Self::List { file } => {
                 let store = app::store(&file.load()?).await?;

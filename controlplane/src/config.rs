@@ -9,7 +9,7 @@ use culvert_api::{
     Place, Problem, Span,
     config::{Format, Tree},
 };
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 /// Variables begin with this: `CULVERT_CTL_<SECTION>_<KEY>`.
 const ENVIRONMENT: &str = "CULVERT_CTL";
@@ -85,8 +85,29 @@ impl Default for State {
 pub struct Link {
     /// The Unix socket nodes of this host connect to; empty: `control.sock` in the state directory.
     pub unix: PathBuf,
+    /// Where nodes of other hosts connect over mutual TLS; none: only those of this host.
+    #[serde(deserialize_with = "address_or_empty", serialize_with = "empty_or_address")]
+    pub bind: Option<SocketAddr>,
     /// User ids that may connect to it beside our own and root; empty: whom its permissions let in.
     pub allow_uids: Vec<u32>,
+}
+
+fn address_or_empty<'de, D: Deserializer<'de>>(
+    deserializer: D,
+) -> Result<Option<SocketAddr>, D::Error> {
+    let text = String::deserialize(deserializer)?;
+    if text.is_empty() {
+        return Ok(None);
+    }
+    let address = text.parse().map(Some);
+    address.map_err(|_| serde::de::Error::custom("address:port, such as 0.0.0.0:8013, or empty"))
+}
+
+fn empty_or_address<S: Serializer>(
+    address: &Option<SocketAddr>,
+    serializer: S,
+) -> Result<S::Ok, S::Error> {
+    serializer.collect_str(&address.map(|address| address.to_string()).unwrap_or_default())
 }
 
 /// Tokens.

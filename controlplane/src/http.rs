@@ -34,7 +34,7 @@ pub(crate) use users::{check_name, edit_password};
 
 use crate::{
     auth::{LoginThrottle, Tokens},
-    link::Hub,
+    link::{Authority, Hub},
     store::Store,
 };
 
@@ -56,6 +56,8 @@ pub struct App {
     pub throttle: Arc<LoginThrottle>,
     /// The nodes that are connected here.
     pub hub: Arc<Hub>,
+    /// What nodes of other hosts are known by.
+    pub authority: Arc<Authority>,
     /// When the program started, in microseconds since 1970.
     pub started: i64,
 }

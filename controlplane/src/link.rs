@@ -1,6 +1,9 @@
 //! The control link's server: nodes connect, follow the policy, and report.
 
+mod authority;
+
 use std::{
+    net::SocketAddr,
     path::{Path, PathBuf},
     sync::{
         Arc,
@@ -10,19 +13,19 @@ use std::{
 };
 
 use culvert_api::link::{self, Down, Up, command, down, up};
-use culvert_link::LinkError;
+use culvert_link::{Acceptor, Identity, LinkError, Stream};
 use sea_orm::{
     ActiveModelTrait, ColumnTrait, DbErr, EntityTrait, IntoActiveModel, QueryFilter, QueryOrder,
     Set, TransactionTrait,
 };
 use tokio::{
-    net::{UnixListener, UnixStream},
-    sync::watch,
+    net::{TcpListener, UnixListener},
+    sync::{Semaphore, watch},
     time::{Instant, timeout},
 };
 
 use crate::{
-    lease, publish,
+    http, lease, publish,
     store::{
         Actor, Change, ROWS, Store,
         entity::{command as asked, heartbeat, node, session},
@@ -33,6 +36,8 @@ use crate::{
 
 /// A node says hello within this time.
 const HELLO: Duration = Duration::from_secs(5);
+/// Nodes that shake hands at once.
+const GREETING_MAX: usize = 64;
 /// A node that is silent so long is gone; it sends a heartbeat every 5 s.
 const SILENT: Duration = Duration::from_secs(20);
 /// How often commands of other control planes are looked for.
@@ -41,6 +46,9 @@ const LOOK: Duration = Duration::from_millis(500);
 const COALESCE: Duration = Duration::from_millis(100);
 /// How long the database may be away before a node is let go, to come back.
 const PATIENCE: Duration = Duration::from_secs(2);
+
+use authority::fingerprint;
+pub use authority::{Authority, Issued};
 
 type Peer = culvert_link::Peer<Up, Down>;
 
@@ -101,15 +109,56 @@ impl Hub {
                     continue;
                 }
                 let hub = hub.clone();
-                tokio::spawn(async move { hub.serve(stream).await });
+                tokio::spawn(async move { hub.serve(stream, None).await });
             }
         });
         Ok(())
     }
 
-    async fn serve(self: Arc<Self>, stream: UnixStream) {
+    /// Listens for nodes of other hosts, which show the certificate they were enrolled with. Returns the
+    /// bound address.
+    ///
+    /// # Errors
+    /// The address cannot be bound.
+    pub async fn listen_tls(
+        self: &Arc<Self>,
+        bind: SocketAddr,
+        authority: &Authority,
+    ) -> anyhow::Result<SocketAddr> {
+        let listener = TcpListener::bind(bind).await;
+        let listener = listener
+            .map_err(|error| anyhow::anyhow!("{bind}: {error}; choose another with link.bind"))?;
+        let identity = Identity::of_pem(authority.control_plane()?.pem.as_bytes())?;
+        let acceptor = Acceptor::new(identity)?;
+        let address = listener.local_addr()?;
+        let hub = self.clone();
+        let greeting = Arc::new(Semaphore::new(GREETING_MAX));
+        tokio::spawn(async move {
+            loop {
+                let place = greeting.clone().acquire_owned().await;
+                let Ok((stream, from)) = listener.accept().await else {
+                    tokio::time::sleep(COALESCE).await;
+                    continue;
+                };
+                let (hub, acceptor) = (hub.clone(), acceptor.clone());
+                tokio::spawn(async move {
+                    let met = timeout(HELLO, acceptor.accept(stream)).await;
+                    drop(place);
+                    match met {
+                        Ok(Ok((stream, shown))) => hub.serve(stream, Some(shown)).await,
+                        Ok(Err(error)) => tracing::debug!(%from, %error, "not a node"),
+                        Err(_) => tracing::debug!(%from, "silent instead of a node"),
+                    }
+                });
+            }
+        });
+        Ok(address)
+    }
+
+    /// Serves a node that comes over a socket of this host, or has shown a certificate.
+    async fn serve(self: Arc<Self>, stream: impl Stream + 'static, shown: Option<Vec<u8>>) {
         let mut peer = Peer::new(stream);
-        let node = match self.greet(&mut peer).await {
+        let node = match self.greet(&mut peer, shown.as_deref()).await {
             Ok(node) => node,
             Err(gone) => {
                 tracing::warn!(%gone, "a node was not taken");
@@ -126,7 +175,7 @@ impl Hub {
         let _ = self.disconnected(&node).await;
     }
 
-    async fn greet(&self, peer: &mut Peer) -> Result<Node, Gone> {
+    async fn greet(&self, peer: &mut Peer, shown: Option<&[u8]>) -> Result<Node, Gone> {
         let first = timeout(HELLO, peer.receive()).await;
         let Ok(Ok(Up { body: Some(up::Body::Hello(hello)) })) = first else {
             return Err(Gone::Refused("it did not say hello".into()));
@@ -148,13 +197,20 @@ impl Hub {
             String::new()
         };
         let found = node::Entity::find().filter(node::Column::Name.eq(&hello.node));
-        let row = match found.one(self.store.db()).await? {
-            Some(row) => row,
-            None => self.enrol(&hello.node).await?,
-        };
-        let refusal = match row.status.as_str() {
-            "active" => refusal,
-            _ => format!("node {} was revoked; give it another name", row.name),
+        let known = found.one(self.store.db()).await?;
+        let shown = shown.map(fingerprint);
+        let refusal = match (&known, &shown) {
+            (Some(row), _) if row.status != "active" => {
+                format!("node {} was revoked; give it another name", row.name)
+            }
+            (Some(row), Some(shown)) if row.certificate != *shown => format!(
+                "this is not the identity of node {}; set node.name, or get it another identity with culvert-control node identity",
+                row.name
+            ),
+            (None, Some(_)) => {
+                format!("there is no node {}; enrol it with culvert-control node add", hello.node)
+            }
+            _ => refusal,
         };
         let welcome =
             link::Welcome { version: hello.version.min(link::VERSION), refusal: refusal.clone() };
@@ -162,6 +218,10 @@ impl Hub {
         if !refusal.is_empty() {
             return Err(Gone::Refused(refusal));
         }
+        let row = match known {
+            Some(row) => row,
+            None => self.enrol(&hello.node).await?,
+        };
         let mut change = row.clone().into_active_model();
         change.boot = Set(hello.boot.cast_signed());
         change.version = Set(hello.program.chars().take(64).collect());
@@ -169,13 +229,13 @@ impl Hub {
         change.seen_at = Set(Some(now()));
         change.generation = Set(hello.generation.cast_signed());
         change.update(self.store.db()).await?;
-        Ok(Node { row, boot: hello.boot, generation: hello.generation })
+        Ok(Node { row, boot: hello.boot, shown, generation: hello.generation })
     }
 
     async fn enrol(&self, name: &str) -> Result<node::Model, Gone> {
         let actor = Actor { name: "link".into(), address: String::new() };
         let edit = self.store.edit(actor).await?;
-        let row = crate::http::new_node(name).insert(edit.db()).await?;
+        let row = http::new_node(name, "").insert(edit.db()).await?;
         edit.commit(Change::new("node.add", name)).await?;
         Ok(row)
     }
@@ -381,10 +441,13 @@ impl Hub {
             peer.send(down::Body::Command(link::Command { kind: Some(kind) })).await?;
         }
         let status = node::Entity::find_by_id(node.row.id).one(self.store.db()).await;
-        if let Ok(Some(row)) = status
-            && row.status != "active"
-        {
-            return Err(Gone::Refused("it was revoked".into()));
+        if let Ok(Some(row)) = status {
+            if row.status != "active" {
+                return Err(Gone::Refused("it was revoked".into()));
+            }
+            if node.shown.as_ref().is_some_and(|shown| *shown != row.certificate) {
+                return Err(Gone::Refused("its identity was replaced".into()));
+            }
         }
         Ok(last)
     }
@@ -432,6 +495,8 @@ pub fn socket_path(state_dir: &Path) -> PathBuf {
 struct Node {
     row: node::Model,
     boot: u64,
+    /// The fingerprint of the certificate it has shown; `None` on this host's socket.
+    shown: Option<String>,
     /// The generation of its copy.
     generation: u64,
 }

@@ -61,8 +61,31 @@ pub struct Config {
     pub log: LogConfig,
     /// Who may do what.
     pub policy: Policy,
-    /// The socket of the control plane whose policy is followed instead.
-    pub control: Option<PathBuf>,
+    /// The control plane whose policy is followed instead.
+    pub control: Option<Control>,
+}
+
+/// Where the control plane is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Control {
+    /// On this host.
+    Unix(PathBuf),
+    /// On another, over mutual TLS.
+    Tls {
+        /// Its host and port.
+        address: String,
+        /// The file of the identity that `culvert-control node add` wrote.
+        identity: PathBuf,
+    },
+}
+
+impl std::fmt::Display for Control {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Unix(path) => write!(f, "unix:{}", path.display()),
+            Self::Tls { address, .. } => write!(f, "tls://{address}"),
+        }
+    }
 }
 
 /// One listener.

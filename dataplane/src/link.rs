@@ -21,9 +21,9 @@ use culvert_api::{
     link::{self, Down, Up, command, down, up},
     policy::Policy,
 };
-use culvert_link::LinkError;
+use culvert_link::{Connector, Identity, LinkError};
 use tokio::{
-    net::UnixStream,
+    net::{TcpStream, UnixStream},
     sync::Notify,
     time::{Instant, MissedTickBehavior, interval, timeout},
 };
@@ -31,6 +31,7 @@ use tokio::{
 use copy::Copy;
 
 use crate::{
+    config::Control,
     ledger::{Bytes, Lease, Recovered, recover},
     log::Spool,
     node::{Node, beside_the_workers},
@@ -63,7 +64,7 @@ type Peer = culvert_link::Peer<Down, Up>;
 
 /// Follows one control plane.
 pub struct Follower {
-    socket: PathBuf,
+    way: Way,
     name: String,
     boot: u64,
     copy: Mutex<Copy>,
@@ -138,7 +139,20 @@ impl Follower {
     ///
     /// # Errors
     /// The directory cannot be read or written.
-    pub fn open(socket: &Path, dir: &Path, name: &str, boot: u64) -> anyhow::Result<Self> {
+    pub fn open(control: &Control, dir: &Path, name: &str, boot: u64) -> anyhow::Result<Self> {
+        let connector = match control {
+            Control::Unix(_) => None,
+            Control::Tls { identity, .. } => {
+                let file = identity.display();
+                let pem = std::fs::read(identity)
+                    .map_err(|error| anyhow::anyhow!("control.identity: {file}: {error}"))?;
+                let identity = Identity::of_pem(&pem).and_then(Connector::new);
+                Some(
+                    identity
+                        .map_err(|error| anyhow::anyhow!("control.identity: {file}: {error}"))?,
+                )
+            }
+        };
         let failed = |error: io::Error| anyhow::anyhow!("{}: {error}", dir.display());
         let left = (Spool::left(dir).map_err(failed)?, recover(dir).map_err(failed)?);
         for found in &left.1 {
@@ -152,7 +166,7 @@ impl Follower {
         }
         let copy = Copy::open(dir).map_err(failed)?;
         Ok(Self {
-            socket: socket.to_owned(),
+            way: Way { control: control.clone(), connector },
             name: name.to_owned(),
             boot,
             generation: AtomicU64::new(copy.generation),
@@ -189,11 +203,8 @@ impl Follower {
         let mut told = String::new();
         loop {
             let began = Instant::now();
-            let gone = match UnixStream::connect(&self.socket).await {
-                Ok(stream) => {
-                    let mut peer = Peer::new(stream);
-                    Box::pin(self.follow(&node, &mut peer)).await
-                }
+            let gone = match self.way.connect().await {
+                Ok(mut peer) => Box::pin(self.follow(&node, &mut peer)).await,
                 Err(error) => Err(Gone::Link(error.into())),
             };
             match gone {
@@ -202,7 +213,7 @@ impl Follower {
                     // The same reason is told once.
                     let reason = gone.to_string();
                     if reason != told {
-                        tracing::warn!(socket = %self.socket.display(), %reason, "no control plane");
+                        tracing::warn!(at = %self.way.control, %reason, "no control plane");
                         told = reason;
                     }
                 }
@@ -236,7 +247,7 @@ impl Follower {
             },
             Err(_) => return Err(Gone::Silent),
         }
-        tracing::info!(socket = %self.socket.display(), "control plane connected");
+        tracing::info!(at = %self.way.control, "control plane connected");
         // The sums are those since the start: all of them once more do no harm, should the other side
         // have lost what it acknowledged.
         lock(&self.sums).acknowledged.clear();
@@ -270,7 +281,8 @@ impl Follower {
                         }
                     }
                     Some(down::Body::LeaseGrant(grant)) => {
-                        if self.granted(node, grant).await {
+                        let taken_back = self.granted(node, grant).await;
+                        if taken_back {
                             // Others wait for what was taken back.
                             report.reset_immediately();
                         }
@@ -554,6 +566,27 @@ impl Follower {
                 json: serde_json::to_vec(&live).unwrap_or_default(),
             });
         Ok(peer.send(up::Body::Live(link::Live { sessions: sessions.collect() })).await?)
+    }
+}
+
+/// How the control plane is reached.
+struct Way {
+    control: Control,
+    connector: Option<Connector>,
+}
+
+impl Way {
+    async fn connect(&self) -> io::Result<Peer> {
+        match (&self.control, &self.connector) {
+            (Control::Unix(path), _) => Ok(Peer::new(UnixStream::connect(path).await?)),
+            (Control::Tls { address, .. }, Some(connector)) => {
+                let met = timeout(WELCOME, async {
+                    connector.connect(TcpStream::connect(address).await?).await
+                });
+                Ok(Peer::new(met.await.map_err(|_| io::Error::from(io::ErrorKind::TimedOut))??))
+            }
+            (Control::Tls { .. }, None) => Err(io::Error::from(io::ErrorKind::InvalidInput)),
+        }
     }
 }
 

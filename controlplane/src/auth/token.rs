@@ -110,14 +110,25 @@ pub(super) fn random<const N: usize>() -> [u8; N] {
 /// # Errors
 /// The file cannot be read or written, or is too short for a secret.
 pub fn secret_file(path: &Path) -> std::io::Result<Vec<u8>> {
+    secret_file_with(path, || Ok(random::<32>().to_vec()))
+}
+
+/// The same, of another kind.
+///
+/// # Errors
+/// The same, or none can be made.
+pub fn secret_file_with(
+    path: &Path,
+    make: impl FnOnce() -> std::io::Result<Vec<u8>>,
+) -> std::io::Result<Vec<u8>> {
     match std::fs::read(path) {
         Ok(bytes) if bytes.len() >= 32 => Ok(bytes),
         Ok(_) => Err(std::io::Error::other("less than 32 bytes; delete it to make a new one")),
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
-            let bytes = random::<32>();
+            let bytes = make()?;
             let mut options = std::fs::OpenOptions::new();
             options.write(true).create_new(true).mode(0o600).open(path)?.write_all(&bytes)?;
-            Ok(bytes.to_vec())
+            Ok(bytes)
         }
         Err(error) => Err(error),
     }

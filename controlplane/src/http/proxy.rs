@@ -26,6 +26,7 @@ pub(super) fn routes() -> OpenApiRouter<App> {
     OpenApiRouter::new()
         .routes(routes!(list, enrol))
         .routes(routes!(revoke))
+        .routes(routes!(identity))
         .routes(routes!(drain))
         .routes(routes!(health))
         .routes(routes!(heartbeats))
@@ -91,33 +92,70 @@ async fn list(
 #[serde(deny_unknown_fields)]
 struct NewNode {
     /// The `node.name` of its file.
-    #[schema(min_length = 1, max_length = 255, pattern = "^[^\\x00-\\x1f\\x7f]+$")]
+    #[schema(min_length = 1, max_length = 255, pattern = "^[^:\\x00-\\x1f\\x7f]+$")]
     name: String,
+}
+
+/// A node and what it proves itself with.
+#[derive(Debug, Serialize, ToSchema)]
+struct Enrolled {
+    /// The node.
+    node: NodeView,
+    /// For the file that `[control] identity` of the node names: a private key and its certificate, as
+    /// PEM. It is not kept and not shown again. A node on the control plane's host needs none.
+    identity: String,
 }
 
 /// Enrol a node.
 #[utoipa::path(post, path = "/proxy/nodes", tag = "proxy", request_body = NewNode,
-    responses((status = 201, body = NodeView), (status = 400, body = Problem), (status = 401, body = Problem), (status = 403, body = Problem),
+    responses((status = 201, body = Enrolled), (status = 400, body = Problem), (status = 401, body = Problem), (status = 403, body = Problem),
         (status = 409, body = Problem), (status = 415, body = Problem), (status = 422, body = Problem), (status = 503, body = Problem)))]
 async fn enrol(
     State(app): State<App>,
     Admin(caller): Admin,
     Body(new): Body<NewNode>,
-) -> Result<(StatusCode, Json<NodeView>)> {
-    let fits = (1..=255).contains(&new.name.len()) && !new.name.chars().any(char::is_control);
-    if !fits {
-        return Err(Problem::invalid("name: 1 to 255 bytes without control characters"));
-    }
+) -> Result<(StatusCode, Json<Enrolled>)> {
+    super::users::check_name(&new.name)?;
+    let issued = app
+        .authority
+        .node(&new.name)
+        .map_err(|_| Problem::new(StatusCode::SERVICE_UNAVAILABLE, "no key could be made"))?;
     let edit = app.store.edit(caller.actor()).await?;
     let db = edit.db();
-    let row = new_node(&new.name).insert(db).await?;
+    let row = new_node(&new.name, &issued.fingerprint).insert(db).await?;
     edit.commit(Change::new("node.add", &new.name)).await?;
 
-    Ok((StatusCode::CREATED, Json(view(row))))
+    Ok((StatusCode::CREATED, Json(Enrolled { node: view(row), identity: issued.pem })))
+}
+
+/// Give a node another identity; the one before is worthless at once.
+#[utoipa::path(post, path = "/proxy/nodes/{id}/identity", tag = "proxy", params(("id" = String, Path)),
+    responses((status = 200, body = Enrolled), (status = 401, body = Problem), (status = 403, body = Problem), (status = 404, body = Problem), (status = 503, body = Problem)))]
+async fn identity(
+    State(app): State<App>,
+    Admin(caller): Admin,
+    Id(id): Id,
+) -> Result<Json<Enrolled>> {
+    let edit = app.store.edit(caller.actor()).await?;
+    let db = edit.db();
+    let row = node::Entity::find_by_id(id).one(db).await?;
+    let row = row.ok_or_else(|| Problem::missing("node"))?;
+    let issued = app
+        .authority
+        .node(&row.name)
+        .map_err(|_| Problem::new(StatusCode::SERVICE_UNAVAILABLE, "no key could be made"))?;
+    let name = row.name.clone();
+    let mut row = row.into_active_model();
+    row.certificate = Set(issued.fingerprint);
+    let row = row.update(db).await?;
+    edit.commit(Change::new("node.identity", name)).await?;
+
+    app.hub.look();
+    Ok(Json(Enrolled { node: view(row), identity: issued.pem }))
 }
 
 /// A node that nobody has heard of yet.
-pub(crate) fn new_node(name: &str) -> node::ActiveModel {
+pub(crate) fn new_node(name: &str, certificate: &str) -> node::ActiveModel {
     node::ActiveModel {
         name: Set(name.to_owned()),
         status: Set("active".into()),
@@ -126,6 +164,7 @@ pub(crate) fn new_node(name: &str) -> node::ActiveModel {
         generation: Set(0),
         refusal: Set(String::new()),
         connected: Set(false),
+        certificate: Set(certificate.to_owned()),
         seen_at: Set(None),
         created_at: Set(now()),
         ..Default::default()

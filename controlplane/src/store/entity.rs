@@ -70,7 +70,7 @@ table!(
     /// Enrolled nodes.
     node = "nodes", true: id: i64;
     name: String, status: String, boot: i64, version: String, generation: i64, refusal: String,
-    connected: bool, seen_at: Option<i64>, created_at: i64,
+    connected: bool, certificate: String, seen_at: Option<i64>, created_at: i64,
 );
 table!(
     /// How nodes were.

@@ -55,6 +55,7 @@ const ROLES: &[(&str, &str, [bool; 3])] = &[
     ("POST", "/proxy/nodes", [false, false, true]),
     ("DELETE", "/proxy/nodes/{id}", [false, false, true]),
     ("POST", "/proxy/nodes/{id}/drain", [false, false, true]),
+    ("POST", "/proxy/nodes/{id}/identity", [false, false, true]),
     ("GET", "/proxy/health", [false, false, true]),
     ("GET", "/proxy/heartbeats", [false, false, true]),
     ("GET", "/system/info", [false, false, true]),

@@ -1,7 +1,7 @@
 //! What the API says is what nodes do.
 
 use std::{
-    io::Read,
+    io::{Read, Write},
     net::TcpStream,
     time::{Duration, Instant},
 };
@@ -208,5 +208,49 @@ fn a_revoked_node_gets_nothing_more() {
         node.program.await_line("was revoked");
         planes.user("ann", json!({}));
         assert_eq!(node.tunnel_with("ann", PASSWORD, target).err(), Some(255));
+    });
+}
+
+/// Nodes of other hosts are known by the certificate they were enrolled with.
+#[test]
+fn a_node_of_another_host_shows_its_identity() {
+    on_each(|planes| {
+        let target = echo();
+        let ann = planes.user("ann", json!({}));
+        let enrolled = planes.must("POST", "/proxy/nodes", json!({ "name": "afar" }));
+        let identity = enrolled["identity"].as_str().unwrap();
+        let node = planes.node_afar("afar", identity);
+        node.program.await_line("policy followed");
+        let mut stream = await_some("tunnel", || node.tunnel("ann", target).ok());
+        ping(&mut stream).unwrap();
+        await_some("bytes", || (planes.used(&ann) > 0).then_some(()));
+
+        // Another's identity is not its own, nor is one of another authority.
+        let (ok, other) = planes.command(&["node", "add", "other"], "");
+        assert!(ok, "{other}");
+        let stranger = planes.node_afar("stranger", &other);
+        assert!(stranger.program.await_line("no control plane").contains("no node stranger"));
+        drop(stranger);
+        assert_eq!(planes.ask("POST", "/proxy/nodes", Some(&json!({ "name": "other" }))).0, 409);
+
+        // The one before is worthless once there is another.
+        let id = enrolled["node"]["id"].as_str().unwrap();
+        let renewed = planes.must("POST", &format!("/proxy/nodes/{id}/identity"), Value::Null);
+        assert!(node.program.await_line("no control plane").contains("closed"));
+        assert!(node.program.await_line("no control plane").contains("not the identity"));
+        ping(&mut stream).unwrap();
+        drop((stream, node));
+        let node = planes.node_afar("afar", renewed["identity"].as_str().unwrap());
+        await_some("tunnel", || node.tunnel("ann", target).ok());
+        node.program.await_line("control plane connected");
+        planes.must("DELETE", &format!("/proxy/nodes/{id}"), Value::Null);
+        node.program.await_line("no control plane");
+
+        // Bytes that are no handshake, and one that is silent, are let go.
+        let mut silent = TcpStream::connect(planes.link).unwrap();
+        let mut noise = TcpStream::connect(planes.link).unwrap();
+        let _ = noise.write_all(&[0x55; 3000]);
+        assert!(!matches!(noise.read_to_end(&mut Vec::new()), Ok(1000..)));
+        assert!(matches!(silent.read(&mut [0]), Ok(0) | Err(_)));
     });
 }

@@ -97,9 +97,10 @@ impl Drop for Program {
     }
 }
 
-fn address_of(line: &str) -> SocketAddr {
-    let (_, rest) = line.split_once("address=").unwrap();
-    rest.split_whitespace().next().unwrap().parse().unwrap()
+fn address_of(line: &str, key: &str) -> SocketAddr {
+    let (_, rest) = line.split_once(key).unwrap();
+    let word = rest.split_whitespace().next().unwrap();
+    word.trim_start_matches("Some(").trim_end_matches(')').parse().unwrap()
 }
 
 /// A control plane and nodes that follow it.
@@ -107,6 +108,8 @@ pub struct Planes {
     pub folder: tempfile::TempDir,
     pub control: Program,
     pub api: SocketAddr,
+    /// Where nodes of other hosts connect.
+    pub link: SocketAddr,
     pub token: String,
     database: Option<String>,
 }
@@ -196,8 +199,8 @@ impl Gate {
 impl Planes {
     pub fn start(database: Option<String>) -> Self {
         let folder = tempfile::tempdir().unwrap();
-        let (control, api) = Self::start_control(folder.path(), database.as_deref());
-        let planes = Self { folder, control, api, token: String::new(), database };
+        let (control, [api, link]) = Self::start_control(folder.path(), database.as_deref());
+        let planes = Self { folder, control, api, link, token: String::new(), database };
         let file = planes.folder.path().join("control/initial-admin");
         let password = fs::read_to_string(file).unwrap();
         let password = password.trim().split(' ').nth(1).unwrap().to_owned();
@@ -205,17 +208,20 @@ impl Planes {
         Self { token, ..planes }
     }
 
-    fn start_control(folder: &Path, database: Option<&str>) -> (Program, SocketAddr) {
+    fn start_control(folder: &Path, database: Option<&str>) -> (Program, [SocketAddr; 2]) {
         let config = folder.join("control.toml");
         let url = database.map_or(String::new(), |url| format!("[database]\nurl = '{url}'\n"));
         let dir = folder.join("control");
-        let text =
-            format!("[server]\nbind = '127.0.0.1:0'\n[state]\ndir = '{}'\n{url}", dir.display());
+        let text = format!(
+            "[server]\nbind = '127.0.0.1:0'\n[link]\nbind = '127.0.0.1:0'\n[state]\ndir = '{}'\n{url}",
+            dir.display()
+        );
         fs::write(&config, text).unwrap();
         let program = Path::new(env!("CARGO_BIN_EXE_culvert-control"));
         let control = Program::start(program, &["serve", "-c", config.to_str().unwrap()]);
-        let api = address_of(&control.await_line("listening"));
-        (control, api)
+        let line = control.await_line("listening");
+        let addresses = ["address=", "nodes="].map(|key| address_of(&line, key));
+        (control, addresses)
     }
 
     /// A second control plane on the same database, with a state directory of its own.
@@ -225,9 +231,9 @@ impl Planes {
         fs::create_dir_all(&dir).unwrap();
         // The control planes of one database share this key.
         fs::copy(self.folder.path().join("control/jwt.key"), dir.join("jwt.key")).unwrap();
-        let (control, api) = Self::start_control(folder.path(), self.database.as_deref());
+        let (control, [api, link]) = Self::start_control(folder.path(), self.database.as_deref());
         let (token, database) = (self.token.clone(), self.database.clone());
-        Self { folder, control, api, token, database }
+        Self { folder, control, api, link, token, database }
     }
 
     /// Runs a command of the control plane; whether it succeeded, and what it said.
@@ -274,8 +280,9 @@ impl Planes {
     }
 
     pub fn restart_control(&mut self) {
-        let (control, api) = Self::start_control(self.folder.path(), self.database.as_deref());
-        (self.control, self.api) = (control, api);
+        let (control, [api, link]) =
+            Self::start_control(self.folder.path(), self.database.as_deref());
+        (self.control, self.api, self.link) = (control, api, link);
     }
 
     /// Starts a node that follows, and waits until it does.
@@ -287,22 +294,34 @@ impl Planes {
 
     /// Starts a node whether or not there is somebody to follow.
     pub fn node_alone(&self, name: &str) -> Node {
+        let socket = self.folder.path().join("control/control.sock");
+        self.node_by(name, &format!("connect = 'unix:{}'", socket.display()))
+    }
+
+    /// Starts a node as if it were on another host, with an identity.
+    pub fn node_afar(&self, name: &str, identity: &str) -> Node {
+        let file = self.folder.path().join(format!("{name}.pem"));
+        fs::write(&file, identity).unwrap();
+        let (link, file) = (self.link, file.display());
+        self.node_by(name, &format!("connect = 'tls://{link}'\nidentity = '{file}'"))
+    }
+
+    fn node_by(&self, name: &str, control: &str) -> Node {
         let dir = self.folder.path().join(name);
         let config = self.folder.path().join(format!("{name}.toml"));
         let text = format!(
             "[node]\nname = '{name}'\nstate_dir = '{}'\n[[listener]]\nbind = '127.0.0.1:0'\n\
              [admin]\nbind = 'none'\n[timeouts]\ndrain = '1s'\n\
              [limits]\nsessions_per_address = 100000\nnew_sessions_per_second_per_address = 0\n\
-             [control]\nconnect = 'unix:{}'\n",
+             [control]\n{control}\n",
             dir.display(),
-            self.folder.path().join("control/control.sock").display()
         );
         fs::write(&config, text).unwrap();
         let control = Path::new(env!("CARGO_BIN_EXE_culvert-control"));
         let path = control.with_file_name("culvert");
         assert!(path.exists(), "build the data plane first: cargo build -p culvert");
         let program = Program::start(&path, &["run", "-c", config.to_str().unwrap()]);
-        let proxy = address_of(&program.await_line("listening"));
+        let proxy = address_of(&program.await_line("listening"), "address=");
         Node { program, proxy, dir, name: name.to_owned() }
     }
 

@@ -15,7 +15,7 @@ use culvert_proto::{Login, Protocol};
 use culvert_rt::DriverChoice;
 
 use super::{
-    Config, ListenerConfig, LogConfig,
+    Config, Control, ListenerConfig, LogConfig,
     file::{self, AuthMethod, Driver, File, LogFormat, ProtocolName},
 };
 use crate::{
@@ -67,15 +67,37 @@ pub(super) fn build(file: File, tree: &Tree) -> (Option<Config>, Vec<Problem>) {
             Some(_) => Policy { default: Access::Deny, ..Policy::default() },
             None => file.policy,
         },
-        control: file.control.as_ref().and_then(control_path),
+        control: file.control.as_ref().and_then(|control| control_of(control).ok()),
     };
     (Some(config), builder.problems)
 }
 
-/// The socket of the control plane.
-fn control_path(control: &file::Control) -> Option<PathBuf> {
-    let path = control.connect.strip_prefix("unix:").map(PathBuf::from);
-    path.filter(|path| path.is_absolute())
+/// Where the control plane is, or the key that is wrong and how.
+fn control_of(control: &file::Control) -> Result<Control, (&'static str, &'static str)> {
+    if let Some(path) = control.connect.strip_prefix("unix:").map(PathBuf::from)
+        && path.is_absolute()
+    {
+        return Ok(Control::Unix(path));
+    }
+    let address = control.connect.strip_prefix("tls://").filter(|address| {
+        let port = address.rsplit_once(':').filter(|(host, _)| !host.is_empty());
+        port.is_some_and(|(_, port)| port.parse::<u16>().is_ok())
+    });
+    let Some(address) = address else {
+        return Err((
+            "control.connect",
+            "unix:/path/to/control.sock on the control plane's host, else tls://host:8013",
+        ));
+    };
+    match &control.identity {
+        Some(identity) if identity.is_absolute() => {
+            Ok(Control::Tls { address: address.to_owned(), identity: identity.clone() })
+        }
+        _ => Err((
+            "control.identity",
+            "the absolute path of the file that culvert-control node add wrote",
+        )),
+    }
 }
 
 /// A log's path, relative to the state directory; `None` for the word that stands for no file.
@@ -130,9 +152,8 @@ impl Builder<'_> {
                 let message = "a node follows [control] or [policy], not both; remove one";
                 self.problem("control", message);
             }
-            if control_path(control).is_none() {
-                let message = "unix:/path/to/control.sock, on the host of the control plane";
-                self.problem("control.connect", message);
+            if let Err((key, message)) = control_of(control) {
+                self.problem(key, message);
             }
         }
         if file.node.workers.0.is_some_and(|workers| workers > WORKERS_MAX) {

@@ -333,8 +333,11 @@ pub enum Rotate {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Control {
-    /// Its socket: `unix:/path`.
+    /// `unix:/path` on its host, `tls://host:port` on another.
     pub connect: String,
+    /// With `tls`: the file of the identity that `culvert-control node add` wrote.
+    #[serde(default)]
+    pub identity: Option<PathBuf>,
 }
 
 /// A number, or "auto".
