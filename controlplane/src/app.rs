@@ -1,14 +1,16 @@
 //! The running control plane.
 
-use std::{path::Path, sync::Arc, time::Duration};
+use std::{net::SocketAddr, path::Path, sync::Arc, time::Duration};
 
 use anyhow::Context;
+use axum_server::{Handle, tls_rustls::RustlsConfig};
 use sea_orm::{ActiveModelTrait, ColumnTrait, EntityTrait, PaginatorTrait, QueryFilter, Set};
 use tokio::net::TcpListener;
 
 use crate::{
-    auth::{LoginThrottle, Tokens, hash_password, random_password, secret_file},
-    config::Config,
+    auth::{LoginThrottle, Seal, Tokens, hash_password, random_password, secret_file},
+    calendar::Calendar,
+    config::{Config, Tls},
     http::{self, App},
     link::{Authority, Hub},
     store::{
@@ -20,6 +22,10 @@ use crate::{
 
 /// How often another control plane's edits are looked for.
 const LOOK: Duration = Duration::from_millis(500);
+/// How often the certificate is looked at.
+const CERTIFICATE_LOOK: Duration = Duration::from_secs(10);
+/// How long requests may take that run when the server ends.
+const LAST_REQUESTS: Duration = Duration::from_secs(5);
 /// How often what is old is deleted.
 const CLEAN: Duration = Duration::from_secs(600);
 /// How long heartbeats, commands and changes are kept, in microseconds and generations.
@@ -123,6 +129,8 @@ pub fn new_user(name: &str, hash: &str, role: &str) -> user::ActiveModel {
         comment: Set(String::new()),
         token_epoch: Set(now()),
         totp_secret: Set(None),
+        totp_pending: Set(None),
+        totp_step: Set(0),
         created_at: Set(now()),
         updated_at: Set(now()),
         ..Default::default()
@@ -134,15 +142,21 @@ pub fn new_user(name: &str, hash: &str, role: &str) -> user::ActiveModel {
 /// # Errors
 /// A key file cannot be had.
 pub fn parts(config: &Config, store: Store) -> anyhow::Result<App> {
-    let path = config.state.dir.join("jwt.key");
-    let key = secret_file(&path).with_context(|| path.display().to_string())?;
+    let key = |name: &str| {
+        let path = config.state.dir.join(name);
+        secret_file(&path).with_context(|| path.display().to_string())
+    };
+    let seal = Seal::new(&key("seal.key")?).context("seal.key has less than 32 bytes")?;
     Ok(App {
         hub: Hub::new(store.clone()),
         authority: Arc::new(Authority::open(&config.state.dir)?),
         store,
-        tokens: Arc::new(Tokens::new(&key, config.auth.access_token.0)),
+        tokens: Arc::new(Tokens::new(&key("jwt.key")?, config.auth.access_token.0)),
         refresh_life: i64::try_from(config.auth.refresh_token.0.as_micros())?,
-        secure_cookies: config.server.public_url.starts_with("https:"),
+        trusted_proxies: config.server.trusted_proxies.clone().into(),
+        secure_cookies: config.server.tls.is_set()
+            || config.server.public_url.starts_with("https:"),
+        seal: Arc::new(seal),
         throttle: Arc::new(LoginThrottle::default()),
         started: now(),
     })
@@ -162,6 +176,7 @@ pub async fn serve(
     let store = store(config).await?;
     first_admin(&store, &config.state.dir).await?;
     let app = parts(config, store.clone())?;
+    let certificate = certificate(&config.server.tls).await?;
     app.hub.listen(&config.link_path(), config.link.allow_uids.clone())?;
     let nodes = match config.link.bind {
         Some(bind) => Some(app.hub.listen_tls(bind, &app.authority).await?),
@@ -171,9 +186,59 @@ pub async fn serve(
     tokio::spawn(periods(store.clone()));
     tokio::spawn(clean(store));
     tracing::info!(address = %listener.local_addr()?, link = %config.link_path().display(), ?nodes, "listening");
-    let service = http::router(app).into_make_service_with_connect_info::<std::net::SocketAddr>();
-    axum::serve(listener, service).with_graceful_shutdown(ended).await?;
+    let handle = Handle::new();
+    let ending = handle.clone();
+    tokio::spawn(async move {
+        ended.await;
+        ending.graceful_shutdown(Some(LAST_REQUESTS));
+    });
+    let service = http::router(app).into_make_service_with_connect_info::<SocketAddr>();
+    let listener = listener.into_std()?;
+    match certificate {
+        Some(certificate) => {
+            let server = axum_server::from_tcp_rustls(listener, certificate)?;
+            server.handle(handle).serve(service).await?;
+        }
+        None => axum_server::from_tcp(listener)?.handle(handle).serve(service).await?,
+    }
     Ok(())
+}
+
+/// The server's certificate, read again when its files change.
+async fn certificate(tls: &Tls) -> anyhow::Result<Option<RustlsConfig>> {
+    if !tls.is_set() {
+        return Ok(None);
+    }
+    // Who else speaks TLS here names its provider; this library takes the process's.
+    let _ = tokio_rustls::rustls::crypto::ring::default_provider().install_default();
+    let (chain, key) = (tls.certificate.clone(), tls.key.clone());
+    let loaded = RustlsConfig::from_pem_file(&chain, &key).await;
+    let config = loaded
+        .map_err(|error| anyhow::anyhow!("server.tls: {}: {error}", tls.certificate.display()))?;
+    let (reloaded, mut known) = (config.clone(), changed(&[&chain, &key]));
+    tokio::spawn(async move {
+        loop {
+            tokio::time::sleep(CERTIFICATE_LOOK).await;
+            let present = changed(&[&chain, &key]);
+            if present == known {
+                continue;
+            }
+            match reloaded.reload_from_pem_file(&chain, &key).await {
+                Ok(()) => {
+                    known = present;
+                    tracing::info!(file = %chain.display(), "another certificate");
+                }
+                Err(error) => {
+                    tracing::warn!(%error, file = %chain.display(), "the certificate before stays");
+                }
+            }
+        }
+    });
+    Ok(Some(config))
+}
+
+fn changed(files: &[&Path]) -> Vec<Option<std::time::SystemTime>> {
+    files.iter().map(|file| std::fs::metadata(file).ok()?.modified().ok()).collect()
 }
 
 async fn look(store: Store) {
@@ -189,10 +254,11 @@ async fn look(store: Store) {
 async fn periods(store: Store) {
     let mut told = 0;
     loop {
-        let today = now() / DAY;
-        if today != told {
+        if let Ok(calendar) = Calendar::load(store.db()).await
+            && calendar.start(Some("day")) != told
+        {
             match begin_periods(&store).await {
-                Ok(()) => told = today,
+                Ok(()) => told = calendar.start(Some("day")),
                 Err(error) => {
                     tracing::warn!(%error, "quotas could not be begun anew; trying again")
                 }

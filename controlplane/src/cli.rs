@@ -94,6 +94,13 @@ enum UserCommand {
         #[command(flatten)]
         file: File,
     },
+    /// Take a user's second factor away: the device is lost.
+    TotpOff {
+        /// The name.
+        name: String,
+        #[command(flatten)]
+        file: File,
+    },
     /// Let a user log in no more; live sessions end.
     Disable {
         /// The name.
@@ -252,6 +259,14 @@ impl UserCommand {
                 let db = edit.db();
                 let user = known(db, &name).await?;
                 let change = http::edit_password(db, user.id, &hash).await;
+                let change = change.map_err(|problem| anyhow::anyhow!(problem.detail))?;
+                edit.commit(change).await.map_err(failed)
+            }
+            Self::TotpOff { name, file } => {
+                let store = app::store(&file.load()?).await?;
+                let edit = store.edit(actor()).await?;
+                let user = known(edit.db(), &name).await?;
+                let change = http::take_totp_away(edit.db(), user.id).await;
                 let change = change.map_err(|problem| anyhow::anyhow!(problem.detail))?;
                 edit.commit(change).await.map_err(failed)
             }

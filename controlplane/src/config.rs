@@ -9,6 +9,7 @@ use culvert_api::{
     Place, Problem, Span,
     config::{Format, Tree},
 };
+use ipnet::IpNet;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 /// Variables begin with this: `CULVERT_CTL_<SECTION>_<KEY>`.
@@ -40,11 +41,37 @@ pub struct Server {
     pub bind: SocketAddr,
     /// Where browsers find it; with `https` cookies are for TLS only.
     pub public_url: String,
+    /// Proxies in front whose `X-Forwarded-For` tells the client's address.
+    pub trusted_proxies: Vec<IpNet>,
+    /// The files of a certificate chain and its key, PEM; read again when they change. Empty: plain HTTP.
+    pub tls: Tls,
+}
+
+/// A certificate.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, Default)]
+#[serde(default, deny_unknown_fields)]
+pub struct Tls {
+    /// The chain.
+    pub certificate: PathBuf,
+    /// The private key.
+    pub key: PathBuf,
+}
+
+impl Tls {
+    /// Whether there is one.
+    pub fn is_set(&self) -> bool {
+        !self.certificate.as_os_str().is_empty()
+    }
 }
 
 impl Default for Server {
     fn default() -> Self {
-        Self { bind: SocketAddr::from(([127, 0, 0, 1], 8012)), public_url: String::new() }
+        Self {
+            bind: SocketAddr::from(([127, 0, 0, 1], 8012)),
+            public_url: String::new(),
+            trusted_proxies: Vec::new(),
+            tls: Tls::default(),
+        }
     }
 }
 
@@ -200,6 +227,10 @@ impl Config {
                 "database.url",
                 "mysql://user:password@host/name or sqlite:///path; empty is SQLite",
             );
+        }
+        let tls = &self.server.tls;
+        if tls.is_set() == tls.key.as_os_str().is_empty() {
+            say("server.tls", "certificate and key are given both or not at all");
         }
         if !(1..=1000).contains(&self.database.pool) {
             say("database.pool", "1 to 1000");

@@ -12,7 +12,9 @@ mod proxy;
 mod rules;
 mod settings;
 mod system;
+mod totp;
 mod traffic;
+mod usage;
 mod users;
 mod whitelist;
 
@@ -30,10 +32,11 @@ pub(crate) use filters::compiled as filter_of;
 pub use problem::Problem;
 pub(crate) use proxy::new_node;
 pub(crate) use rules::compiled as rule_of;
+pub(crate) use totp::take_away as take_totp_away;
 pub(crate) use users::{check_name, edit_password};
 
 use crate::{
-    auth::{LoginThrottle, Tokens},
+    auth::{LoginThrottle, Seal, Tokens},
     link::{Authority, Hub},
     store::Store,
 };
@@ -50,8 +53,12 @@ pub struct App {
     pub tokens: Arc<Tokens>,
     /// How long a refresh token is good, in microseconds.
     pub refresh_life: i64,
+    /// Proxies whose word on the client's address is taken.
+    pub trusted_proxies: Arc<[ipnet::IpNet]>,
     /// Cookies are for TLS only.
     pub secure_cookies: bool,
+    /// Secrets in the database.
+    pub seal: Arc<Seal>,
     /// Failed logins.
     pub throttle: Arc<LoginThrottle>,
     /// The nodes that are connected here.
@@ -109,7 +116,9 @@ fn routes() -> OpenApiRouter<App> {
         "/api/v1",
         OpenApiRouter::new()
             .merge(auth::routes())
+            .merge(totp::routes())
             .merge(users::routes())
+            .merge(usage::routes())
             .merge(limits::routes())
             .merge(traffic::routes())
             .merge(filters::routes())

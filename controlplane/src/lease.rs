@@ -15,12 +15,12 @@ use sea_orm::{
 };
 
 use crate::{
+    calendar::Calendar,
     store::{
         Store,
         entity::{command, lease, node, node_usage, usage, user},
         now, retry,
     },
-    usage::period_start,
 };
 
 /// So little is not shared, in bytes.
@@ -90,9 +90,9 @@ async fn accounts(
         .map(|row| (((row.node_id, row.boot), row.user_id), row.up + row.down))
         .collect();
     let connected: BTreeSet<Boot> = connected(db).await?;
-    let now = now();
+    let calendar = Calendar::load(db).await?;
     let account = |user: user::Model| {
-        let start = period_start(user.quota_period.as_deref(), now);
+        let start = calendar.start(user.quota_period.as_deref());
         let used = used.get(&(user.id, start)).copied().unwrap_or(0);
         let sum = |of: Boot| sums.get(&(of, user.id)).copied().unwrap_or(0);
         let mut account = Account { reported: sum(boot), ..Account::default() };

@@ -4,6 +4,7 @@
 pub mod app;
 pub mod auth;
 pub mod backup;
+pub mod calendar;
 pub mod cli;
 pub mod config;
 pub mod http;

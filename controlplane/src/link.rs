@@ -3,10 +3,11 @@
 mod authority;
 
 use std::{
+    collections::{HashMap, VecDeque},
     net::SocketAddr,
     path::{Path, PathBuf},
     sync::{
-        Arc,
+        Arc, Mutex,
         atomic::{AtomicUsize, Ordering::Relaxed},
     },
     time::Duration,
@@ -20,7 +21,7 @@ use sea_orm::{
 };
 use tokio::{
     net::{TcpListener, UnixListener},
-    sync::{Semaphore, watch},
+    sync::{Notify, Semaphore, oneshot, watch},
     time::{Instant, timeout},
 };
 
@@ -36,6 +37,9 @@ use crate::{
 
 /// A node says hello within this time.
 const HELLO: Duration = Duration::from_secs(5);
+/// Questions that wait for a node, and how long one may take to answer.
+const QUESTIONS_MAX: usize = 64;
+const ANSWER: Duration = Duration::from_secs(8);
 /// Nodes that shake hands at once.
 const GREETING_MAX: usize = 64;
 /// A node that is silent so long is gone; it sends a heartbeat every 5 s.
@@ -57,6 +61,14 @@ pub struct Hub {
     store: Store,
     look: watch::Sender<u64>,
     connected: AtomicUsize,
+    /// Questions that any node may answer, and the way back.
+    questions: Mutex<VecDeque<Question>>,
+    asked: Notify,
+}
+
+struct Question {
+    explain: link::Explain,
+    answer: oneshot::Sender<link::Explained>,
 }
 
 /// Why a node is let go.
@@ -73,7 +85,13 @@ enum Gone {
 impl Hub {
     /// A hub for a database.
     pub fn new(store: Store) -> Arc<Self> {
-        Arc::new(Self { store, look: watch::Sender::new(0), connected: AtomicUsize::new(0) })
+        Arc::new(Self {
+            store,
+            look: watch::Sender::new(0),
+            connected: AtomicUsize::new(0),
+            questions: Mutex::default(),
+            asked: Notify::new(),
+        })
     }
 
     /// Has the nodes' sessions look for commands now.
@@ -84,6 +102,24 @@ impl Hub {
     /// How many nodes are connected here.
     pub fn connected(&self) -> usize {
         self.connected.load(Relaxed)
+    }
+
+    /// Asks a node what it would decide; `None` when none answers in time.
+    pub async fn explain(&self, explain: link::Explain) -> Option<link::Explained> {
+        if self.connected() == 0 {
+            return None;
+        }
+        let (answer, answered) = oneshot::channel();
+        {
+            let mut questions = self.questions.lock().ok()?;
+            questions.retain(|question| !question.answer.is_closed());
+            if questions.len() >= QUESTIONS_MAX {
+                return None;
+            }
+            questions.push_back(Question { explain, answer });
+        }
+        self.asked.notify_one();
+        timeout(ANSWER, answered).await.ok()?.ok()
     }
 
     /// Listens on a Unix socket (0660). Clients are those whom its permissions let in; with `allow_uids`
@@ -245,6 +281,7 @@ impl Hub {
         let mut changed = self.store.watch();
         let mut looked = self.look.subscribe();
         let mut known = node.generation;
+        let (mut asked, mut questions) = (0, HashMap::new());
         let mut last_command = self.last_command().await?;
         let mut heard = Instant::now();
         let mut due = Some(Instant::now());
@@ -259,7 +296,23 @@ impl Hub {
                             // The next edit goes out as a whole snapshot: the node has not this one.
                             known = 0;
                         }
-                        self.heard(peer, node, body).await?;
+                        match body {
+                            up::Body::Explained(explained) => {
+                                if let Some(answer) = questions.remove(&explained.id) {
+                                    let _ = oneshot::Sender::send(answer, explained);
+                                }
+                            }
+                            body => self.heard(peer, node, body).await?,
+                        }
+                    }
+                }
+                () = self.asked.notified() => {
+                    questions.retain(|_, answer: &mut oneshot::Sender<_>| !answer.is_closed());
+                    while let Some(question) = self.next_question() {
+                        asked += 1;
+                        questions.insert(asked, question.answer);
+                        let explain = link::Explain { id: asked, ..question.explain };
+                        peer.send(down::Body::Explain(explain)).await?;
                     }
                 }
                 _ = changed.changed() => { due.get_or_insert(Instant::now() + COALESCE); }
@@ -280,6 +333,10 @@ impl Hub {
                 }
             }
         }
+    }
+
+    fn next_question(&self) -> Option<Question> {
+        self.questions.lock().ok()?.pop_front()
     }
 
     /// Brings a node from one generation to the present one.
@@ -310,6 +367,7 @@ impl Hub {
 
     async fn heard(&self, peer: &mut Peer, node: &Node, body: up::Body) -> Result<(), Gone> {
         match body {
+            up::Body::Explained(_) => {}
             up::Body::Hello(_) => return Err(Gone::Refused("a second hello".into())),
             up::Body::Applied(applied) => {
                 self.told(node, applied.generation, String::new()).await?;

@@ -9,13 +9,12 @@ use sea_orm::{
 };
 
 use crate::{
+    calendar::Calendar,
     http::Problem,
     store::{
         Store,
         entity::{bandwidth_limit, change, rule, url_filter, usage, user, whitelist},
-        now,
     },
-    usage::period_start,
 };
 
 /// Changed users beyond which a whole snapshot is sent.
@@ -186,7 +185,7 @@ async fn of_nodes(
     rates: &Rates,
     rows: Vec<user::Model>,
 ) -> Result<Vec<link::User>, DbErr> {
-    let now = now();
+    let calendar = Calendar::load(db).await?;
     let metered: Vec<i64> =
         rows.iter().filter(|row| row.quota_bytes.is_some()).map(|row| row.id).collect();
     let used: HashMap<(i64, i64), i64> = if metered.is_empty() {
@@ -203,7 +202,7 @@ async fn of_nodes(
     let of_node = |row: user::Model| {
         let groups: Vec<String> = serde_json::from_str(&row.groups).unwrap_or_default();
         let [up, down, burst] = rates.of(row.id, &groups);
-        let period = period_start(row.quota_period.as_deref(), now);
+        let period = calendar.start(row.quota_period.as_deref());
         let spent = row
             .quota_bytes
             .is_some_and(|quota| used.get(&(row.id, period)).is_some_and(|used| *used >= quota));

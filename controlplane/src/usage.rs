@@ -7,40 +7,25 @@ use sea_orm::{
     ColumnTrait, ConnectionTrait, DatabaseBackend, DatabaseTransaction, DbErr, EntityTrait,
     QueryFilter, Set, Statement, TransactionTrait, sea_query::OnConflict,
 };
-use time::{Duration, OffsetDateTime};
+use time::OffsetDateTime;
 
-use crate::store::{
-    ROWS, Store,
-    entity::{access_log, node_usage, report, usage, user},
-    now, retry,
+use crate::{
+    calendar::{Calendar, TOTAL},
+    store::{
+        ROWS, Store,
+        entity::{access_log, node_usage, report, usage, user},
+        now, retry,
+    },
 };
 
 const SECOND: i64 = 1_000_000;
-/// The period that never ends; it can be begun anew, what was moved since ever cannot.
-pub const TOTAL: i64 = 1;
-
-/// When the present period of a quota began (microseconds since 1970, UTC); 0 without a period.
-pub fn period_start(period: Option<&str>, now: i64) -> i64 {
-    let Ok(time) = OffsetDateTime::from_unix_timestamp(now / SECOND) else { return 0 };
-    let midnight = time.replace_time(time::Time::MIDNIGHT);
-    let start = match period {
-        Some("day") => midnight,
-        Some("week") => {
-            midnight - Duration::days(i64::from(time.weekday().number_days_from_monday()))
-        }
-        Some("month") => midnight.replace_day(1).unwrap_or(midnight),
-        Some("total") => return TOTAL,
-        _ => return 0,
-    };
-    start.unix_timestamp() * SECOND
-}
 
 /// Begins to count for a quota: what was moved in its present period is already part of it.
 ///
 /// # Errors
 /// The database failed.
 pub async fn begin(db: &DatabaseTransaction, user: &user::Model) -> Result<(), DbErr> {
-    let start = period_start(user.quota_period.as_deref(), now());
+    let start = Calendar::load(db).await?.start(user.quota_period.as_deref());
     if user.quota_bytes.is_none() || start == 0 {
         return Ok(());
     }
@@ -129,6 +114,7 @@ async fn apply_part(
         .into_iter()
         .map(|row| (row.user_id, (row.up, row.down)))
         .collect();
+    let calendar = Calendar::load(db).await?;
     let quotas: HashMap<i64, (i64, i64)> = user::Entity::find()
         .filter(user::Column::Id.is_in(ids))
         .filter(user::Column::QuotaBytes.is_not_null())
@@ -136,7 +122,7 @@ async fn apply_part(
         .await?
         .into_iter()
         .filter_map(|user| {
-            let start = period_start(user.quota_period.as_deref(), now());
+            let start = calendar.start(user.quota_period.as_deref());
             Some((user.id, (start, user.quota_bytes?)))
         })
         .collect();
@@ -249,20 +235,4 @@ fn row_of(node: i64, boot: i64, record: &link::Record) -> Option<access_log::Act
         body: Set(String::from_utf8_lossy(&record.json).into_owned()),
         ..Default::default()
     })
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn periods_begin_at_midnight_monday_and_the_first() {
-        // Saturday, 2026-11-21 15:01:14 UTC.
-        let now = 1_795_273_274 * SECOND;
-        let day = |period| period_start(Some(period), now) / SECOND;
-        assert_eq!(day("day"), 1_795_219_200);
-        assert_eq!(day("week"), 1_795_219_200 - 5 * 86_400);
-        assert_eq!(day("month"), 1_795_219_200 - 20 * 86_400);
-        assert_eq!((period_start(Some("total"), now), period_start(None, now)), (TOTAL, 0));
-    }
 }

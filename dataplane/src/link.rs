@@ -402,6 +402,12 @@ impl Follower {
                 command::Kind::EndUser(user) => node.end_user(user),
                 command::Kind::Drain(_) => drop(node.drain.try_send(())),
             },
+            down::Body::Explain(question) => {
+                let explained = node.explain(&question).await;
+                let generation = self.generation.load(Relaxed);
+                let explained = link::Explained { generation, ..explained };
+                peer.send(up::Body::Explained(explained)).await?;
+            }
             down::Body::Welcome(_) | down::Body::Command(_) | down::Body::LeaseGrant(_) => {}
         }
         Ok(())

@@ -3,6 +3,7 @@
 //! It runs on the main thread with a small tokio runtime, which also resolves names and serves metrics
 //! and health. The workers never wait for it.
 
+mod explain;
 mod reload;
 
 use std::{

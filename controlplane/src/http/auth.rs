@@ -15,7 +15,7 @@ use super::{
     users::{UserView, edit_password},
 };
 use crate::{
-    auth::{Claims, RefreshToken, check_password, hash_password, verify_password},
+    auth::{RefreshToken, check_password, hash_password, verify_password},
     store::{
         Change,
         entity::{refresh, user},
@@ -43,6 +43,9 @@ struct Login {
     /// The user's password.
     #[schema(max_length = 1024, format = Password)]
     password: String,
+    /// The second factor's code, of who uses one.
+    #[schema(max_length = 16)]
+    totp: Option<String>,
 }
 
 /// An access token.
@@ -88,10 +91,9 @@ async fn grant(app: &App, user: &user::Model) -> Result<Granted> {
         expires_at: Set(now() + app.refresh_life),
     };
     refresh::Entity::insert(row).exec_without_returning(app.store.db()).await?;
-    let claims = Claims { user: user.id, epoch: user.token_epoch };
     let access_token = app
         .tokens
-        .issue(claims)
+        .issue(user.id, user.token_epoch)
         .ok_or_else(|| Problem::new(StatusCode::INTERNAL_SERVER_ERROR, "no token could be made"))?;
     let access =
         Access { access_token, token_type: "Bearer", expires_in: app.tokens.life.as_secs() };
@@ -126,6 +128,9 @@ async fn login(
         return Err(wrong());
     }
     let user = user.filter(is_active).ok_or_else(wrong)?;
+    if !super::totp::accept(&app, &user, login.totp.as_deref().unwrap_or_default()).await? {
+        return Err(Problem::anonymous("the second factor's code (totp) is missing or wrong"));
+    }
     app.throttle.forgive(from.0, &login.username);
     grant(&app, &user).await
 }

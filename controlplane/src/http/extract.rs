@@ -144,9 +144,44 @@ pub(super) struct From(pub(super) IpAddr);
 impl FromRequestParts<App> for From {
     type Rejection = Problem;
 
-    async fn from_request_parts(parts: &mut Parts, _: &App) -> Result<Self, Problem> {
+    async fn from_request_parts(parts: &mut Parts, app: &App) -> Result<Self, Problem> {
         let peer = parts.extensions.get::<ConnectInfo<SocketAddr>>();
-        Ok(Self(peer.map_or(IpAddr::from([0, 0, 0, 0]), |peer| peer.0.ip())))
+        let peer = peer.map_or(IpAddr::from([0, 0, 0, 0]), |peer| peer.0.ip());
+        let said = parts.headers.get_all("x-forwarded-for").iter();
+        let said = said.filter_map(|value| value.to_str().ok()).flat_map(|text| text.split(','));
+        Ok(Self(client(peer, said.collect(), &app.trusted_proxies)))
+    }
+}
+
+/// The client's address: each proxy that is trusted says who came to it, the last one last.
+fn client(peer: IpAddr, said: Vec<&str>, trusted: &[ipnet::IpNet]) -> IpAddr {
+    let mut client = peer.to_canonical();
+    for text in said.iter().rev() {
+        let Ok(before) = text.trim().parse::<IpAddr>() else { break };
+        if !trusted.iter().any(|network| network.contains(&client)) {
+            break;
+        }
+        client = before.to_canonical();
+    }
+    client
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_trusted_proxies_are_believed() {
+        let trusted = ["10.0.0.0/8".parse().unwrap(), "::1/128".parse().unwrap()];
+        let of = |peer: &str, said: &str| {
+            client(peer.parse().unwrap(), said.split(',').collect(), &trusted).to_string()
+        };
+        assert_eq!(of("192.0.2.1", "203.0.113.9"), "192.0.2.1");
+        assert_eq!(of("10.0.0.1", "203.0.113.9"), "203.0.113.9");
+        assert_eq!(of("::ffff:10.0.0.1", "203.0.113.9"), "203.0.113.9");
+        assert_eq!(of("10.0.0.1", "1.1.1.1, 203.0.113.9, 10.0.0.2"), "203.0.113.9");
+        assert_eq!(of("10.0.0.1", "1.1.1.1, nonsense"), "10.0.0.1");
+        assert_eq!(of("::1", ""), "::1");
     }
 }
 
@@ -155,12 +190,28 @@ pub struct Caller {
     /// The user as the database has it now.
     pub user: user::Model,
     address: IpAddr,
+    /// When the token ends, in seconds since 1970.
+    until: i64,
 }
 
 impl Caller {
     /// Whether the caller is an admin.
     pub fn is_admin(&self) -> bool {
         self.user.role == "admin"
+    }
+
+    /// Whether the token is still good and its user still the same.
+    ///
+    /// # Errors
+    /// The database fails.
+    pub async fn is_still_good(&self, app: &App) -> Result<bool, sea_orm::DbErr> {
+        let user = user::Entity::find_by_id(self.user.id).one(app.store.db()).await?;
+        let same = user.is_some_and(|user| {
+            is_active(&user)
+                && user.token_epoch == self.user.token_epoch
+                && user.role == self.user.role
+        });
+        Ok(same && crate::store::now() / 1_000_000 < self.until)
     }
 
     /// For the audit log.
@@ -181,7 +232,7 @@ impl FromRequestParts<App> for Caller {
         let claims = app.tokens.check(token).ok_or_else(expired)?;
         let user = user::Entity::find_by_id(claims.user).one(app.store.db()).await?;
         let user = user.filter(|user| claims.epoch == user.token_epoch && is_active(user));
-        Ok(Self { user: user.ok_or_else(expired)?, address })
+        Ok(Self { user: user.ok_or_else(expired)?, address, until: claims.until })
     }
 }
 

@@ -1,5 +1,7 @@
 //! The black and white lists of targets.
 
+use std::collections::HashSet;
+
 use axum::{Json, extract::State, http::StatusCode};
 use culvert_api::policy::{Access, Filter, PortRange};
 use sea_orm::{
@@ -11,12 +13,22 @@ use utoipa::{IntoParams, ToSchema};
 use utoipa_axum::{router::OpenApiRouter, routes};
 
 use super::{
-    Admin, App, Body, Id, Page, Paging, Params, Problem, problem::Result, users::time_text,
+    Admin, App, Body, Id, Page, Paging, Params, Problem,
+    problem::Result,
+    users::{name_of, time_text},
 };
-use crate::store::{Change, entity::url_filter as filter, now};
+use crate::store::{Change, ROWS, entity::url_filter as filter, now};
+
+/// Filters of one import, and its body in bytes.
+const IMPORT_MAX: usize = 10_000;
+const IMPORT_BODY: usize = 12 << 20;
 
 pub(super) fn routes() -> OpenApiRouter<App> {
-    OpenApiRouter::new().routes(routes!(list, create)).routes(routes!(show, update, remove))
+    let large = axum::extract::DefaultBodyLimit::max(IMPORT_BODY);
+    OpenApiRouter::new()
+        .routes(routes!(list, create))
+        .routes(routes!(show, update, remove))
+        .merge(OpenApiRouter::new().routes(routes!(import)).layer(large))
 }
 
 /// What a filter does.
@@ -93,10 +105,6 @@ struct FilterView {
     /// When it was made.
     #[schema(format = DateTime)]
     created_at: String,
-}
-
-fn name_of(value: &impl Serialize) -> String {
-    serde_json::to_value(value).ok().and_then(|v| v.as_str().map(str::to_owned)).unwrap_or_default()
 }
 
 fn view(row: filter::Model) -> FilterView {
@@ -230,6 +238,85 @@ async fn create(
     edit.commit(Change::new("filter.create", &new.value).new_value(&new).policy()).await?;
 
     Ok((StatusCode::CREATED, Json(view(row))))
+}
+
+/// Many filters of one kind.
+#[derive(Debug, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+struct Import {
+    /// What they do.
+    action: FilterAction,
+    /// How their values are read.
+    kind: FilterKind,
+    /// What matches, one filter each.
+    #[schema(min_items = 1, max_items = 10000)]
+    values: Vec<String>,
+    /// For the admins, of each.
+    #[serde(default)]
+    #[schema(max_length = 1000)]
+    comment: String,
+}
+
+/// What became of an import.
+#[derive(Debug, Serialize, ToSchema)]
+struct Imported {
+    /// New filters.
+    created: usize,
+    /// Values that were there already, or twice.
+    skipped: usize,
+}
+
+/// Make many filters: all of them, or none if one cannot be. Values that are there already are passed over.
+#[utoipa::path(post, path = "/filters/import", tag = "filters", request_body = Import,
+    responses((status = 201, body = Imported), (status = 400, body = Problem), (status = 401, body = Problem), (status = 403, body = Problem),
+        (status = 413, body = Problem), (status = 415, body = Problem), (status = 422, body = Problem), (status = 503, body = Problem)))]
+async fn import(
+    State(app): State<App>,
+    Admin(caller): Admin,
+    Body(new): Body<Import>,
+) -> Result<(StatusCode, Json<Imported>)> {
+    if !(1..=IMPORT_MAX).contains(&new.values.len()) {
+        return Err(Problem::invalid(format!("values: 1 to {IMPORT_MAX} at once")));
+    }
+    let body = |value: &str| FilterBody {
+        action: new.action,
+        kind: new.kind,
+        value: value.to_owned(),
+        ports: Vec::new(),
+        enabled: true,
+        comment: new.comment.clone(),
+    };
+    let checked = new.values.iter().enumerate().try_for_each(|(place, value)| {
+        let checked = body(value).check();
+        checked.map_err(|problem| Problem::invalid(format!("values[{place}]: {}", problem.detail)))
+    });
+    checked?;
+    let edit = app.store.edit(caller.actor()).await?;
+    let db = edit.db();
+    let known = filter::Entity::find()
+        .select_only()
+        .column(filter::Column::Value)
+        .filter(filter::Column::Action.eq(name_of(&new.action)))
+        .filter(filter::Column::Kind.eq(name_of(&new.kind)))
+        .filter(filter::Column::Ports.eq("[]"))
+        .filter(filter::Column::Enabled.eq(true));
+    let mut seen: HashSet<String> = known.into_tuple().all(db).await?.into_iter().collect();
+    let fresh: Vec<&String> =
+        new.values.iter().filter(|value| seen.insert((*value).clone())).collect();
+    for part in fresh.chunks(ROWS) {
+        let row = |value: &&String| {
+            let mut row = body(value).row().into_active_model().reset_all();
+            row.id = sea_orm::NotSet;
+            row
+        };
+        filter::Entity::insert_many(part.iter().map(row)).exec_without_returning(db).await?;
+    }
+    let (created, skipped) = (fresh.len(), new.values.len() - fresh.len());
+    if created > 0 {
+        let subject = format!("{created} of kind {}", name_of(&new.kind));
+        edit.commit(Change::new("filter.import", subject).new_value(&fresh).policy()).await?;
+    }
+    Ok((StatusCode::CREATED, Json(Imported { created, skipped })))
 }
 
 /// Change a filter.

@@ -1,8 +1,11 @@
 //! The sessions that run.
 
+use std::collections::HashMap;
+
 use axum::{Json, extract::State, http::StatusCode};
 use sea_orm::{
-    ColumnTrait, EntityTrait, PaginatorTrait, QueryFilter, QueryOrder, QuerySelect, Set,
+    ColumnTrait, EntityTrait, ExprTrait, PaginatorTrait, QueryFilter, QueryOrder, QuerySelect, Set,
+    sea_query::Expr,
 };
 use serde::{Deserialize, Serialize};
 use utoipa::{IntoParams, ToSchema};
@@ -16,7 +19,11 @@ use crate::store::{
 };
 
 pub(super) fn routes() -> OpenApiRouter<App> {
-    OpenApiRouter::new().routes(routes!(list)).routes(routes!(kick)).routes(routes!(kick_user))
+    OpenApiRouter::new()
+        .routes(routes!(list))
+        .routes(routes!(kick))
+        .routes(routes!(users))
+        .routes(routes!(kick_user))
 }
 
 /// A session that runs.
@@ -77,6 +84,57 @@ async fn list(
         node_id: row.node_id.to_string(),
         user_id: (row.user_id > 0).then(|| row.user_id.to_string()),
         session: serde_json::from_str(&row.body).unwrap_or_default(),
+    };
+    Ok(Json(Page::new(rows.into_iter().map(view).collect(), total, &paging)))
+}
+
+/// A user with sessions that run.
+#[derive(Debug, Serialize, ToSchema)]
+struct OnlineUser {
+    /// The user.
+    user_id: String,
+    /// The user's name; empty when the user is gone.
+    name: String,
+    /// Sessions that run, on all nodes.
+    sessions: i64,
+    /// Nodes they run on.
+    nodes: i64,
+}
+
+/// Users with sessions that run, most sessions first. At most 5 s old.
+#[utoipa::path(get, path = "/online/users", tag = "online", params(Paging),
+    responses((status = 200, body = Page<OnlineUser>), (status = 400, body = Problem), (status = 401, body = Problem), (status = 403, body = Problem), (status = 503, body = Problem)))]
+async fn users(
+    State(app): State<App>,
+    _: Admin,
+    Params(paging): Params<Paging>,
+) -> Result<Json<Page<OnlineUser>>> {
+    let (size, skip) = paging.bounds()?;
+    let (db, id) = (app.store.db(), session::Column::UserId);
+    let named = session::Entity::find().filter(id.gt(0)).select_only();
+    let total = named.clone().column(id).distinct().count(db).await?;
+    let (sessions, nodes) = (session::Column::Session, session::Column::NodeId);
+    let distinct_nodes = Expr::col(nodes).count_distinct();
+    let rows: Vec<(i64, i64, i64)> = named
+        .column(id)
+        .column_as(sessions.count(), "sessions")
+        .column_as(distinct_nodes, "nodes")
+        .group_by(id)
+        .order_by_desc(sessions.count())
+        .order_by_asc(id)
+        .limit(size)
+        .offset(skip)
+        .into_tuple()
+        .all(db)
+        .await?;
+    let ids = rows.iter().map(|row| row.0);
+    let known = user::Entity::find().filter(user::Column::Id.is_in(ids)).all(db).await?;
+    let names: HashMap<i64, String> = known.into_iter().map(|user| (user.id, user.name)).collect();
+    let view = |(id, sessions, nodes): (i64, i64, i64)| OnlineUser {
+        user_id: id.to_string(),
+        name: names.get(&id).cloned().unwrap_or_default(),
+        sessions,
+        nodes,
     };
     Ok(Json(Page::new(rows.into_iter().map(view).collect(), total, &paging)))
 }

@@ -47,6 +47,11 @@ impl Problem {
         Self::new(StatusCode::UNAUTHORIZED, detail)
     }
 
+    /// 503: the kernel gives no random bytes.
+    pub fn no_key() -> Self {
+        Self::new(StatusCode::SERVICE_UNAVAILABLE, "no key could be made; try again")
+    }
+
     /// 403: not for you.
     pub fn forbidden() -> Self {
         Self::new(StatusCode::FORBIDDEN, "this needs the role admin")

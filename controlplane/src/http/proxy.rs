@@ -116,10 +116,7 @@ async fn enrol(
     Body(new): Body<NewNode>,
 ) -> Result<(StatusCode, Json<Enrolled>)> {
     super::users::check_name(&new.name)?;
-    let issued = app
-        .authority
-        .node(&new.name)
-        .map_err(|_| Problem::new(StatusCode::SERVICE_UNAVAILABLE, "no key could be made"))?;
+    let issued = app.authority.node(&new.name).map_err(|_| Problem::no_key())?;
     let edit = app.store.edit(caller.actor()).await?;
     let db = edit.db();
     let row = new_node(&new.name, &issued.fingerprint).insert(db).await?;
@@ -140,10 +137,7 @@ async fn identity(
     let db = edit.db();
     let row = node::Entity::find_by_id(id).one(db).await?;
     let row = row.ok_or_else(|| Problem::missing("node"))?;
-    let issued = app
-        .authority
-        .node(&row.name)
-        .map_err(|_| Problem::new(StatusCode::SERVICE_UNAVAILABLE, "no key could be made"))?;
+    let issued = app.authority.node(&row.name).map_err(|_| Problem::no_key())?;
     let name = row.name.clone();
     let mut row = row.into_active_model();
     row.certificate = Set(issued.fingerprint);

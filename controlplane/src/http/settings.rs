@@ -2,13 +2,21 @@
 
 use axum::{Json, extract::State};
 use culvert_api::policy::{Access, Policy};
-use sea_orm::{ConnectionTrait, DbErr, EntityTrait, Set, sea_query::OnConflict};
+use sea_orm::{
+    ColumnTrait, ConnectionTrait, DbErr, EntityTrait, QueryFilter, Set, sea_query::OnConflict,
+};
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 use utoipa_axum::{router::OpenApiRouter, routes};
 
 use super::{Admin, App, Body, Problem, problem::Result, users::network};
-use crate::store::{Change, entity::setting};
+use crate::{
+    calendar::zone,
+    store::{
+        Change,
+        entity::{setting, user},
+    },
+};
 
 pub(super) fn routes() -> OpenApiRouter<App> {
     OpenApiRouter::new().routes(routes!(show, update))
@@ -33,6 +41,8 @@ pub(crate) struct Settings {
     allow_internal: Vec<String>,
     /// Target ports nobody may use.
     deny_ports: Vec<u16>,
+    /// Where days, weeks and months of quotas begin, such as `Europe/Berlin`.
+    time_zone: String,
     /// Days access logs are kept.
     access_log_days: u32,
     /// Days minutes of traffic are kept.
@@ -47,6 +57,7 @@ impl Default for Settings {
             default_policy: DefaultPolicy::Allow,
             allow_internal: Vec::new(),
             deny_ports: vec![25],
+            time_zone: "UTC".into(),
             access_log_days: 30,
             traffic_log_days: 30,
             audit_log_days: 0,
@@ -100,6 +111,10 @@ struct SettingsPatch {
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(max_items = 1000)]
     deny_ports: Option<Vec<u16>>,
+    /// Where days, weeks and months of quotas begin, such as `Europe/Berlin`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(max_length = 64)]
+    time_zone: Option<String>,
     /// Days access logs are kept.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(minimum = 1, maximum = 3650)]
@@ -135,6 +150,9 @@ async fn update(
             *net = network(net)?.to_string();
         }
     }
+    if patch.time_zone.as_deref().is_some_and(|name| zone(name).is_none()) {
+        return Err(Problem::invalid("time_zone: a name such as UTC or Europe/Berlin"));
+    }
     let long = |list: Option<usize>| list.is_some_and(|length| length > 1000);
     if long(patch.allow_internal.as_ref().map(Vec::len))
         || long(patch.deny_ports.as_ref().map(Vec::len))
@@ -160,7 +178,17 @@ async fn update(
         setting::Entity::insert(row).on_conflict(over).exec_without_returning(db).await?;
     }
     let new = Settings::load(db).await?;
-    let change = Change::new("settings.update", "").old(&old).new_value(&new).policy();
+    let mut change = Change::new("settings.update", "").old(&old).new_value(&new).policy();
+    if old.time_zone != new.time_zone {
+        // Periods began at other times than was counted.
+        let metered = user::Entity::find()
+            .filter(user::Column::QuotaBytes.is_not_null())
+            .filter(user::Column::QuotaPeriod.ne("total"));
+        for user in metered.all(db).await? {
+            crate::usage::begin(db, &user).await?;
+            change = change.user(user.id);
+        }
+    }
     edit.commit(change).await?;
     let settings = new;
 

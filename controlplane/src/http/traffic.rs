@@ -1,16 +1,33 @@
 //! What was moved in all.
 
-use axum::{Json, extract::State};
-use sea_orm::{ConnectionTrait, DbErr, Statement};
+use std::{collections::HashMap, time::Duration};
+
+use axum::{
+    Json,
+    extract::State,
+    response::sse::{Event, Sse},
+};
+use sea_orm::{
+    ColumnTrait, ConnectionTrait, DbErr, EntityTrait, QueryFilter, QueryOrder, Statement,
+};
 use serde::Serialize;
+use tokio::sync::mpsc;
+use tokio_stream::{Stream, wrappers::ReceiverStream};
 use utoipa::ToSchema;
 use utoipa_axum::{router::OpenApiRouter, routes};
 
-use super::{App, Caller, Problem, problem::Result};
-use crate::{store::now, usage::period_start};
+use super::{Admin, App, Caller, Problem, problem::Result};
+use crate::{
+    calendar::Calendar,
+    store::{entity::heartbeat, now},
+};
+
+const SECOND: Duration = Duration::from_secs(1);
+/// A heartbeat so old says nothing of now, in microseconds.
+const RECENT: i64 = 15_000_000;
 
 pub(super) fn routes() -> OpenApiRouter<App> {
-    OpenApiRouter::new().routes(routes!(summary))
+    OpenApiRouter::new().routes(routes!(summary)).routes(routes!(live))
 }
 
 /// Bytes both ways.
@@ -25,9 +42,9 @@ struct Sums {
 /// What was moved, by when.
 #[derive(Debug, Serialize, ToSchema)]
 struct Summary {
-    /// Since midnight (UTC).
+    /// Since midnight in the zone of the settings.
     today: Sums,
-    /// Since the first of the month (UTC), as far as minutes are kept (`traffic_log_days`).
+    /// Since the first of the month, as far as minutes are kept (`traffic_log_days`).
     month: Sums,
     /// Since ever.
     total: Sums,
@@ -44,11 +61,80 @@ async fn summary(State(app): State<App>, caller: Caller) -> Result<Json<Summary>
     };
     let since = |start: i64| format!("traffic_logs WHERE at >= {start}{whose}");
     let db = app.store.db();
+    let calendar = Calendar::load(db).await?;
     Ok(Json(Summary {
-        today: sums(db, &since(period_start(Some("day"), now()))).await?,
-        month: sums(db, &since(period_start(Some("month"), now()))).await?,
+        today: sums(db, &since(calendar.start(Some("day")))).await?,
+        month: sums(db, &since(calendar.start(Some("month")))).await?,
         total: sums(db, &format!("user_usage WHERE period = 0{whose}")).await?,
     }))
+}
+
+/// What moves now, on all nodes that were heard of in the last 15 s.
+#[derive(Debug, Default, Serialize, ToSchema)]
+struct Now {
+    /// Nodes.
+    nodes: usize,
+    /// Sessions.
+    sessions: i64,
+    /// Bytes a second to targets.
+    up: i64,
+    /// Bytes a second to clients.
+    down: i64,
+}
+
+/// What moves now: an event (`text/event-stream`) each second, as nodes tell it every 5 s. It ends when the
+/// token does.
+#[utoipa::path(get, path = "/traffic/live", tag = "traffic",
+    responses((status = 200, body = Now, content_type = "text/event-stream"), (status = 401, body = Problem), (status = 403, body = Problem), (status = 503, body = Problem)))]
+async fn live(
+    State(app): State<App>,
+    Admin(caller): Admin,
+) -> Result<Sse<impl Stream<Item = std::result::Result<Event, axum::Error>>>> {
+    present(app.store.db()).await?;
+    let (sender, events) = mpsc::channel(1);
+    tokio::spawn(async move {
+        let mut tick = tokio::time::interval(SECOND);
+        loop {
+            tick.tick().await;
+            // The database may be away for a moment.
+            let event = match caller.is_still_good(&app).await {
+                Ok(true) => {
+                    present(app.store.db()).await.map(|now| Event::default().json_data(now))
+                }
+                Ok(false) => return,
+                Err(error) => Err(error),
+            };
+            let event = event.unwrap_or_else(|_| Ok(Event::default().comment("no news")));
+            if sender.send(event).await.is_err() {
+                return;
+            }
+        }
+    });
+    Ok(Sse::new(ReceiverStream::new(events)))
+}
+
+/// From the last two heartbeats of each node.
+async fn present(db: &impl ConnectionTrait) -> std::result::Result<Now, DbErr> {
+    let beats = heartbeat::Entity::find()
+        .filter(heartbeat::Column::At.gt(now() - RECENT))
+        .order_by_asc(heartbeat::Column::At);
+    let mut of_nodes: HashMap<i64, Vec<heartbeat::Model>> = HashMap::new();
+    for beat in beats.all(db).await? {
+        of_nodes.entry(beat.node_id).or_default().push(beat);
+    }
+    let mut all = Now { nodes: of_nodes.len(), ..Now::default() };
+    for beats in of_nodes.values() {
+        let Some(last) = beats.last() else { continue };
+        all.sessions += last.sessions;
+        // A node that has started anew counts from 0.
+        let before = beats.iter().rev().nth(1).filter(|before| before.uptime <= last.uptime);
+        if let Some(before) = before {
+            let rate = |more: i64| more.max(0) * 1_000_000 / (last.at - before.at).max(1);
+            all.up += rate(last.up - before.up);
+            all.down += rate(last.down - before.down);
+        }
+    }
+    Ok(all)
 }
 
 async fn sums(db: &impl ConnectionTrait, rows: &str) -> std::result::Result<Sums, DbErr> {

@@ -23,7 +23,7 @@ use crate::{
     auth::{check_password, hash_password},
     store::{
         Change,
-        entity::{bandwidth_limit as limit, refresh, usage, user},
+        entity::{bandwidth_limit as limit, refresh, user},
         now,
     },
 };
@@ -35,8 +35,6 @@ pub(super) fn routes() -> OpenApiRouter<App> {
         .routes(routes!(password))
         .routes(routes!(export))
         .routes(routes!(import))
-        .routes(routes!(usage_of))
-        .routes(routes!(reset))
 }
 
 /// Times of the API: RFC 3339.
@@ -191,7 +189,8 @@ pub(super) enum Status {
     Disabled,
 }
 
-fn name_of(value: &impl Serialize) -> String {
+/// The word a value of few words is written as.
+pub(super) fn name_of(value: &impl Serialize) -> String {
     serde_json::to_value(value).ok().and_then(|v| v.as_str().map(str::to_owned)).unwrap_or_default()
 }
 
@@ -208,6 +207,8 @@ pub(super) struct UserView {
     status: Status,
     /// May use the proxy.
     proxy_access: bool,
+    /// Whether a second factor is asked for at the API's login.
+    totp: bool,
     /// From when on the user may not log in.
     #[schema(format = DateTime)]
     expires_at: Option<String>,
@@ -234,6 +235,7 @@ impl UserView {
             role: if user.role == "admin" { Role::Admin } else { Role::User },
             status: if user.status == "active" { Status::Active } else { Status::Disabled },
             proxy_access: user.proxy_access,
+            totp: user.totp_secret.is_some(),
             expires_at: user.expires_at.map(time_text),
             groups: list(&user.groups),
             limits: UserLimits {
@@ -470,19 +472,12 @@ async fn create(
     let edit = app.store.edit(caller.actor()).await?;
     let db = edit.db();
     let mut row = user::ActiveModel {
-        name: Set(new.name.clone()),
-        password_hash: Set(hash.clone()),
-        role: Set(name_of(&new.role)),
         status: Set(name_of(&new.status)),
         proxy_access: Set(new.proxy_access.unwrap_or(new.role == Role::User)),
         expires_at: Set(expires_at),
         groups: Set(json(&new.groups)),
         comment: Set(new.comment.clone()),
-        token_epoch: Set(now()),
-        totp_secret: Set(None),
-        created_at: Set(now()),
-        updated_at: Set(now()),
-        ..Default::default()
+        ..crate::app::new_user(&new.name, &hash, &name_of(&new.role))
     };
     apply_limits(&mut row, &new.limits);
     let user = row.insert(db).await.map_err(|error| match Problem::from(error) {
@@ -499,7 +494,7 @@ async fn create(
     Ok((StatusCode::CREATED, Json(UserView::load(&app, user).await?)))
 }
 
-async fn find(db: &impl ConnectionTrait, id: i64) -> Result<user::Model> {
+pub(super) async fn find(db: &impl ConnectionTrait, id: i64) -> Result<user::Model> {
     user::Entity::find_by_id(id).one(db).await?.ok_or_else(|| Problem::missing("user"))
 }
 
@@ -513,7 +508,7 @@ async fn show(State(app): State<App>, caller: Caller, Id(id): Id) -> Result<Json
     Ok(Json(UserView::load(&app, user).await?))
 }
 
-fn own(caller: &Caller, id: i64) -> Result<()> {
+pub(super) fn own(caller: &Caller, id: i64) -> Result<()> {
     if caller.is_admin() || caller.user.id == id { Ok(()) } else { Err(Problem::forbidden()) }
 }
 
@@ -683,63 +678,6 @@ pub(crate) async fn edit_password(db: &DatabaseTransaction, id: i64, hash: &str)
     row.update(db).await?;
     refresh::Entity::delete_many().filter(refresh::Column::UserId.eq(id)).exec(db).await?;
     Ok(Change::new("user.password", &old.name).user(id))
-}
-
-/// What a user has moved.
-#[derive(Debug, Serialize, ToSchema)]
-struct UsageView {
-    /// Bytes to targets since ever.
-    up: i64,
-    /// Bytes to the client since ever.
-    down: i64,
-    /// Both, in the present period of the quota.
-    used: i64,
-    /// The quota, if there is one.
-    quota_bytes: Option<i64>,
-    /// When the period began.
-    #[schema(format = DateTime)]
-    period_started: Option<String>,
-}
-
-/// A user's traffic; others than admins see only their own.
-#[utoipa::path(get, path = "/users/{id}/usage", tag = "users", params(("id" = String, Path)),
-    responses((status = 200, body = UsageView), (status = 401, body = Problem), (status = 403, body = Problem),
-        (status = 404, body = Problem), (status = 503, body = Problem)))]
-async fn usage_of(State(app): State<App>, caller: Caller, Id(id): Id) -> Result<Json<UsageView>> {
-    own(&caller, id)?;
-    let db = app.store.db();
-    let user = find(db, id).await?;
-    let all = usage::Entity::find_by_id((id, 0)).one(db).await?;
-    let period = crate::usage::period_start(user.quota_period.as_deref(), now());
-    let used = match period {
-        0 => all.clone(),
-        start => usage::Entity::find_by_id((id, start)).one(db).await?,
-    };
-    Ok(Json(UsageView {
-        up: all.as_ref().map_or(0, |row| row.up),
-        down: all.as_ref().map_or(0, |row| row.down),
-        used: used.map_or(0, |row| row.up + row.down),
-        quota_bytes: user.quota_bytes,
-        period_started: (period > crate::usage::TOTAL).then(|| time_text(period)),
-    }))
-}
-
-/// Begin a user's quota period anew.
-#[utoipa::path(post, path = "/users/{id}/usage/reset", tag = "users", params(("id" = String, Path)),
-    responses((status = 204), (status = 401, body = Problem), (status = 403, body = Problem), (status = 404, body = Problem), (status = 503, body = Problem)))]
-async fn reset(State(app): State<App>, Admin(caller): Admin, Id(id): Id) -> Result<StatusCode> {
-    let edit = app.store.edit(caller.actor()).await?;
-    let db = edit.db();
-    let user = find(db, id).await?;
-    let start = crate::usage::period_start(user.quota_period.as_deref(), now());
-    let used = usage::Entity::find_by_id((id, start)).one(db).await?;
-    if start > 0 {
-        usage::Entity::delete_by_id((id, start)).exec(db).await?;
-    }
-    let old = used.map_or((0, 0), |row| (row.up, row.down));
-    edit.commit(Change::new("user.usage_reset", &user.name).old(&old).user(id)).await?;
-
-    Ok(StatusCode::NO_CONTENT)
 }
 
 /// Rows of one part of an export.

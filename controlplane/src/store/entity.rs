@@ -38,7 +38,8 @@ table!(
     expires_at: Option<i64>, groups: String, sessions: Option<i64>,
     new_sessions_per_second: Option<i64>, devices: Option<i64>, source_addresses: String,
     egress_address: Option<String>, quota_bytes: Option<i64>, quota_period: Option<String>,
-    comment: String, token_epoch: i64, totp_secret: Option<String>, created_at: i64, updated_at: i64,
+    comment: String, token_epoch: i64, totp_secret: Option<String>,
+    totp_pending: Option<String>, totp_step: i64, created_at: i64, updated_at: i64,
 );
 table!(
     /// Rates of users (subject: the number), groups (the name) and by default (empty).

@@ -106,6 +106,8 @@ fn tables() -> Vec<TableCreateStatement> {
                 ("comment", Text),
                 ("token_epoch", Number),
                 ("totp_secret?", Name(255)),
+                ("totp_pending?", Name(255)),
+                ("totp_step", Number),
                 ("created_at", Number),
                 ("updated_at", Number),
             ],

@@ -1,8 +1,14 @@
 //! The API itself: who may what, and what it says of itself.
 
+use std::{
+    io::{BufRead, BufReader, Write},
+    net::TcpStream,
+    process::Command,
+};
+
 use serde_json::{Value, json};
 
-use crate::support::{PASSWORD, Planes, on_each};
+use crate::support::{PASSWORD, Planes, await_some, echo, on_each, ping};
 
 /// Every route, with what an anonymous caller, a user and an admin get at most: 1 is the right to ask,
 /// whatever the answer. RELIABILITY H: a new route without a line fails.
@@ -22,7 +28,12 @@ const ROLES: &[(&str, &str, [bool; 3])] = &[
     ("POST", "/users/{id}/password", [false, false, true]),
     ("GET", "/users/{id}/usage", [false, false, true]),
     ("POST", "/users/{id}/usage/reset", [false, false, true]),
+    ("DELETE", "/users/{id}/totp", [false, false, true]),
+    ("POST", "/auth/totp", [false, true, true]),
+    ("POST", "/auth/totp/confirm", [false, true, true]),
+    ("POST", "/auth/totp/remove", [false, true, true]),
     ("GET", "/traffic/summary", [false, true, true]),
+    ("GET", "/traffic/live", [false, false, true]),
     ("GET", "/traffic/limits", [false, false, true]),
     ("POST", "/traffic/limits", [false, false, true]),
     ("GET", "/traffic/limits/{id}", [false, false, true]),
@@ -33,6 +44,8 @@ const ROLES: &[(&str, &str, [bool; 3])] = &[
     ("GET", "/filters/{id}", [false, false, true]),
     ("PUT", "/filters/{id}", [false, false, true]),
     ("DELETE", "/filters/{id}", [false, false, true]),
+    ("POST", "/filters/import", [false, false, true]),
+    ("POST", "/filters/test", [false, false, true]),
     ("GET", "/whitelist", [false, false, true]),
     ("POST", "/whitelist", [false, false, true]),
     ("DELETE", "/whitelist/{id}", [false, false, true]),
@@ -42,9 +55,11 @@ const ROLES: &[(&str, &str, [bool; 3])] = &[
     ("PUT", "/rules/{id}", [false, false, true]),
     ("DELETE", "/rules/{id}", [false, false, true]),
     ("POST", "/rules/reorder", [false, false, true]),
+    ("POST", "/rules/test", [false, false, true]),
     ("GET", "/settings", [false, false, true]),
     ("PATCH", "/settings", [false, false, true]),
     ("GET", "/online", [false, true, true]),
+    ("GET", "/online/users", [false, false, true]),
     ("DELETE", "/online/{session}", [false, false, true]),
     ("DELETE", "/online/users/{id}", [false, false, true]),
     ("GET", "/logs/access", [false, true, true]),
@@ -246,4 +261,139 @@ fn the_committed_description_is_the_codes() {
     let present = culvert_control::http::openapi().to_pretty_json().unwrap() + "\n";
     let hint = "cargo run -p culvert-control -- openapi > controlplane/openapi.json";
     assert!(committed == present, "openapi.json is another than the code's; write it anew: {hint}");
+}
+
+/// The code of an authenticator app so many steps from now, by another implementation.
+fn code(secret: &str, steps: i32) -> String {
+    const PROGRAM: &str = "import sys, hmac, base64, struct, time
+counter = int(time.time()) // 30 + int(sys.argv[2])
+digest = hmac.new(base64.b32decode(sys.argv[1]), struct.pack('>Q', counter), 'sha1').digest()
+at = digest[-1] & 15
+print('%06d' % ((struct.unpack('>I', digest[at:at + 4])[0] & 0x7fffffff) % 10**6))";
+    let steps = steps.to_string();
+    let output = Command::new("python3").args(["-c", PROGRAM, secret, &steps]).output().unwrap();
+    String::from_utf8(output.stdout).unwrap().trim().to_owned()
+}
+
+#[test]
+fn a_second_factor_is_asked_for_and_its_codes_are_good_once() {
+    on_each(|planes| {
+        let id = planes.user("ann", json!({}));
+        let ann = planes.login("ann", PASSWORD).unwrap();
+        let ask = |path: &str, body: Value| planes.ask_as(&ann, "POST", path, Some(&body));
+        assert_eq!(ask("/auth/totp", json!({ "password": "not this one" })).0, 403);
+        let (status, enrolled) = ask("/auth/totp", json!({ "password": PASSWORD }));
+        assert_eq!(status, 200, "{enrolled}");
+        let secret = enrolled["secret"].as_str().unwrap();
+        assert!(enrolled["uri"].as_str().unwrap().starts_with("otpauth://totp/Culvert:ann?"));
+        // Until it is confirmed the password is enough.
+        planes.login("ann", PASSWORD).unwrap();
+        assert_eq!(ask("/auth/totp/confirm", json!({ "code": "000000" })).0, 403);
+        assert_eq!(ask("/auth/totp/confirm", json!({ "code": code(secret, -1) })).0, 204);
+        assert_eq!(planes.login("ann", PASSWORD), Err(401));
+        let login = |code: &str| {
+            let body = json!({ "username": "ann", "password": PASSWORD, "totp": code });
+            planes.ask_as("", "POST", "/auth/login", Some(&body)).0
+        };
+        assert_eq!(login("123"), 401);
+        let present = code(secret, 0);
+        assert_eq!((login(&present), login(&present)), (200, 401));
+        // No secret lies in the database as it is.
+        let (_, backup) = planes.command(&["backup"], "");
+        assert!(backup.contains("totp_secret") && !backup.contains(secret));
+        let next = json!({ "code": code(secret, 1) });
+        assert_eq!(ask("/auth/totp/remove", next).0, 204);
+        planes.login("ann", PASSWORD).unwrap();
+        // An admin, or the command line, helps who has lost the device.
+        for help in 0..2 {
+            let secret = ask("/auth/totp", json!({ "password": PASSWORD })).1["secret"].clone();
+            let code = code(secret.as_str().unwrap(), 0);
+            assert_eq!(ask("/auth/totp/confirm", json!({ "code": code })).0, 204);
+            assert_eq!(planes.login("ann", PASSWORD), Err(401));
+            if help == 0 {
+                planes.must("DELETE", &format!("/users/{id}/totp"), Value::Null);
+            } else {
+                assert!(planes.command(&["user", "totp-off", "ann"], "").0);
+            }
+            planes.login("ann", PASSWORD).unwrap();
+        }
+    });
+}
+
+/// Behind a proxy that is trusted, failed logins are counted by the client it names.
+#[test]
+fn the_server_speaks_tls_and_knows_clients_behind_proxies() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name);
+    let renew = || {
+        let made = rcgen::generate_simple_self_signed(["localhost".to_owned()]).unwrap();
+        std::fs::write(path("key.pem"), made.signing_key.serialize_pem()).unwrap();
+        std::fs::write(path("cert.pem"), made.cert.pem()).unwrap();
+    };
+    renew();
+    let tls = format!(
+        "tls = {{ certificate = '{}', key = '{}' }}\ntrusted_proxies = ['127.0.0.0/8']\n",
+        path("cert.pem").display(),
+        path("key.pem").display()
+    );
+    let planes = Planes::start_with(None, &tls);
+    let port = planes.api.port();
+    let curl = |more: &[&str]| {
+        let address = format!("https://localhost:{port}/api/v1/auth/login");
+        let output = Command::new("curl")
+            .args(["-s", "-o", "-", "-w", "%{http_code}", "--max-time", "10", "--resolve"])
+            .arg(format!("localhost:{port}:127.0.0.1"))
+            .arg("--cacert")
+            .arg(path("cert.pem"))
+            .args(["-H", "Content-Type: application/json", "-d"])
+            .arg(r#"{"username":"nobody","password":"x"}"#)
+            .args(more)
+            .arg(address)
+            .output()
+            .unwrap();
+        let text = String::from_utf8(output.stdout).unwrap();
+        text[text.len() - 3..].to_owned()
+    };
+    let from = |client: &str| curl(&["-H", &format!("X-Forwarded-For: 203.0.113.200, {client}")]);
+    let answers: Vec<String> = (0..11).map(|_| from("192.0.2.1")).collect();
+    assert_eq!((answers[9].as_str(), answers[10].as_str()), ("401", "429"));
+    assert_eq!(from("192.0.2.2"), "401");
+    // Another certificate is taken up without a restart.
+    renew();
+    planes.control.await_line("another certificate");
+    assert_eq!(from("192.0.2.3"), "401");
+}
+
+#[test]
+fn what_moves_is_told_as_it_happens() {
+    on_each(|planes| {
+        let node = planes.node("edge");
+        planes.user("ann", json!({}));
+        let target = echo();
+        let mut stream = await_some("tunnel", || node.tunnel("ann", target).ok());
+        ping(&mut stream).unwrap();
+        let users = await_some("session", || {
+            let users = planes.must("GET", "/online/users", Value::Null);
+            (users["total"] == 1).then(|| users["items"][0].clone())
+        });
+        assert_eq!(
+            (&users["name"], &users["sessions"], &users["nodes"]),
+            (&json!("ann"), &json!(1), &json!(1))
+        );
+
+        let mut live = TcpStream::connect(planes.api).unwrap();
+        let token = planes.login("admin", &planes.admin_password()).unwrap();
+        write!(
+            live,
+            "GET /api/v1/traffic/live HTTP/1.1\r\nHost: x\r\nConnection: close\r\nAuthorization: Bearer {token}\r\n\r\n"
+        )
+        .unwrap();
+        let mut lines = BufReader::new(live).lines().map_while(Result::ok);
+        let event = lines.find(|line| line.starts_with("data:")).unwrap();
+        let event: Value = serde_json::from_str(&event[5..]).unwrap();
+        assert_eq!((&event["nodes"], &event["sessions"]), (&json!(1), &json!(1)));
+        // It ends with the token.
+        assert_eq!(planes.ask_as(&token, "POST", "/auth/logout", None).0, 204);
+        assert!(lines.filter(|line| line.starts_with("data:")).count() < 4);
+    });
 }

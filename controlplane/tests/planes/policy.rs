@@ -254,3 +254,82 @@ fn a_node_of_another_host_shows_its_identity() {
         assert!(matches!(silent.read(&mut [0]), Ok(0) | Err(_)));
     });
 }
+
+#[test]
+fn a_node_says_what_it_would_decide() {
+    on_each(|planes| {
+        let question =
+            |target: &str| json!({ "user": "ann", "client": "192.0.2.7", "target": target });
+        let test = |target: &str| planes.must("POST", "/rules/test", question(target));
+        assert_eq!(planes.ask("POST", "/rules/test", Some(&question("a.example:1"))).0, 503);
+        let node = planes.node("edge");
+        planes.user("ann", json!({ "groups": ["staff"] }));
+        let when = json!({ "group": ["staff"], "domain_suffix": ["work.example"] });
+        planes.must("POST", "/rules", json!({ "name": "work", "when": when, "action": "deny" }));
+        let when = json!({ "domain": ["old.example"] });
+        let rule =
+            json!({ "name": "moved", "when": when, "action": "redirect", "to": "192.0.2.9:81" });
+        planes.must("POST", "/rules", rule);
+        let list = json!({ "action": "deny", "kind": "domain_suffix", "values": ["ads.example", "spam.example", "ads.example"] });
+        let imported = planes.must("POST", "/filters/import", list.clone());
+        assert_eq!(imported, json!({ "created": 2, "skipped": 1 }));
+        let imported = planes.must("POST", "/filters/import", list);
+        assert_eq!(imported, json!({ "created": 0, "skipped": 3 }));
+        let bad = json!({ "action": "deny", "kind": "cidr", "values": ["10.0.0.0/8", "nonsense"] });
+        let (status, said) = planes.ask("POST", "/filters/import", Some(&bad));
+        assert!(
+            status == 422 && said["detail"].as_str().unwrap().starts_with("values[1]:"),
+            "{said}"
+        );
+        assert_eq!(planes.must("GET", "/filters", Value::Null)["total"], 2);
+
+        let said = await_some("rule", || {
+            let said = test("git.work.example:443");
+            (said["rule"] == "work").then_some(said)
+        });
+        assert_eq!((&said["allowed"], &said["reason"]), (&json!(false), &json!("rule")));
+        let said = test("old.example:80");
+        assert_eq!(
+            (&said["rule"], &said["addresses"]),
+            (&json!("moved"), &json!(["192.0.2.9:81"]))
+        );
+        assert_eq!(test("9.9.9.9:443")["allowed"], true);
+        assert_eq!(test("127.0.0.1:22")["reason"], "internal");
+        assert_eq!(test(&node.proxy.to_string())["reason"], "own_listener");
+        await_some("filter", || (test("x.ads.example:80")["reason"] == "filter").then_some(()));
+        let filtered = |target: &str| {
+            planes.must("POST", "/filters/test", json!({ "target": target }))["denied"].clone()
+        };
+        assert_eq!(
+            (filtered("x.spam.example:1"), filtered("work.example:1")),
+            (json!(true), json!(false))
+        );
+        let nobody = json!({ "user": "nobody", "target": "192.0.2.1:443" });
+        assert_eq!(planes.must("POST", "/rules/test", nobody)["reason"], "user");
+        assert_eq!(planes.ask("POST", "/rules/test", Some(&question("no port"))).0, 422);
+    });
+}
+
+/// Days begin in the zone of the settings.
+#[test]
+fn quotas_begin_at_midnight_of_the_zone() {
+    on_each(|planes| {
+        let (node, target) = (planes.node("edge"), echo());
+        let limits = json!({ "quota_bytes": 1_000_000, "quota_period": "day" });
+        let id = planes.user("ann", json!({ "limits": limits }));
+        let mut stream = await_some("tunnel", || node.tunnel("ann", target).ok());
+        ping(&mut stream).unwrap();
+        await_some("bytes", || (planes.used(&id) > 0).then_some(()));
+        let usage = || planes.must("GET", &format!("/users/{id}/usage"), Value::Null);
+        assert!(usage()["period_started"].as_str().unwrap().contains("T00:00:00"));
+        let zone =
+            |name: &str| planes.ask("PATCH", "/settings", Some(&json!({ "time_zone": name }))).0;
+        assert_eq!((zone("Mars/Olympus"), zone("Asia/Kolkata")), (422, 200));
+        let used = usage();
+        assert!(used["period_started"].as_str().unwrap().contains("T18:30:00"), "{used}");
+        // What was moved since that midnight still counts.
+        assert!(used["used"].as_u64().unwrap() > 0, "{used}");
+        assert!(!used["history"].as_array().unwrap().is_empty());
+        ping(&mut stream).unwrap();
+    });
+}

@@ -198,25 +198,38 @@ impl Gate {
 
 impl Planes {
     pub fn start(database: Option<String>) -> Self {
-        let folder = tempfile::tempdir().unwrap();
-        let (control, [api, link]) = Self::start_control(folder.path(), database.as_deref());
-        let planes = Self { folder, control, api, link, token: String::new(), database };
-        let file = planes.folder.path().join("control/initial-admin");
-        let password = fs::read_to_string(file).unwrap();
-        let password = password.trim().split(' ').nth(1).unwrap().to_owned();
-        let token = planes.login("admin", &password).unwrap();
+        let planes = Self::start_with(database, "");
+        let token = planes.login("admin", &planes.admin_password()).unwrap();
         Self { token, ..planes }
     }
 
-    fn start_control(folder: &Path, database: Option<&str>) -> (Program, [SocketAddr; 2]) {
+    /// Starts with more keys of the server; nobody is logged in.
+    pub fn start_with(database: Option<String>, server: &str) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        Self::configure(folder.path(), database.as_deref(), server);
+        let (control, [api, link]) = Self::start_control(folder.path());
+        Self { folder, control, api, link, token: String::new(), database }
+    }
+
+    pub fn admin_password(&self) -> String {
+        let file = self.folder.path().join("control/initial-admin");
+        let password = fs::read_to_string(file).unwrap();
+        password.trim().split(' ').nth(1).unwrap().to_owned()
+    }
+
+    fn configure(folder: &Path, database: Option<&str>, server: &str) {
         let config = folder.join("control.toml");
         let url = database.map_or(String::new(), |url| format!("[database]\nurl = '{url}'\n"));
         let dir = folder.join("control");
         let text = format!(
-            "[server]\nbind = '127.0.0.1:0'\n[link]\nbind = '127.0.0.1:0'\n[state]\ndir = '{}'\n{url}",
+            "[server]\nbind = '127.0.0.1:0'\n{server}[link]\nbind = '127.0.0.1:0'\n[state]\ndir = '{}'\n{url}",
             dir.display()
         );
         fs::write(&config, text).unwrap();
+    }
+
+    fn start_control(folder: &Path) -> (Program, [SocketAddr; 2]) {
+        let config = folder.join("control.toml");
         let program = Path::new(env!("CARGO_BIN_EXE_culvert-control"));
         let control = Program::start(program, &["serve", "-c", config.to_str().unwrap()]);
         let line = control.await_line("listening");
@@ -229,9 +242,12 @@ impl Planes {
         let folder = tempfile::tempdir().unwrap();
         let dir = folder.path().join("control");
         fs::create_dir_all(&dir).unwrap();
-        // The control planes of one database share this key.
-        fs::copy(self.folder.path().join("control/jwt.key"), dir.join("jwt.key")).unwrap();
-        let (control, [api, link]) = Self::start_control(folder.path(), self.database.as_deref());
+        // The control planes of one database share these keys.
+        for key in ["jwt.key", "seal.key", "link-authority.key"] {
+            fs::copy(self.folder.path().join("control").join(key), dir.join(key)).unwrap();
+        }
+        Self::configure(folder.path(), self.database.as_deref(), "");
+        let (control, [api, link]) = Self::start_control(folder.path());
         let (token, database) = (self.token.clone(), self.database.clone());
         Self { folder, control, api, link, token, database }
     }
@@ -280,8 +296,7 @@ impl Planes {
     }
 
     pub fn restart_control(&mut self) {
-        let (control, [api, link]) =
-            Self::start_control(self.folder.path(), self.database.as_deref());
+        let (control, [api, link]) = Self::start_control(self.folder.path());
         (self.control, self.api, self.link) = (control, api, link);
     }
 

@@ -10,9 +10,9 @@ mod message;
 
 pub use frame::{Decoder, FRAME_MAX, FrameError, encode};
 pub use message::{
-    Applied, Command, Delta, Down, Heartbeat, Hello, Lease, LeaseGrant, LeaseRequest, Live,
-    LiveSession, Record, RecordAck, Records, Refused, Report, ReportAck, Snapshot, Up, Usage, User,
-    Welcome, command, down, up,
+    Applied, Command, Delta, Down, Explain, Explained, Heartbeat, Hello, Lease, LeaseGrant,
+    LeaseRequest, Live, LiveSession, Record, RecordAck, Records, Refused, Report, ReportAck,
+    Snapshot, Up, Usage, User, Welcome, command, down, up,
 };
 
 /// The link's version: the highest this program speaks.

@@ -266,7 +266,7 @@ impl Snapshot {
         if self.deny_ports.contains(&query.target.port) {
             return Verdict::Deny(Denial::Port);
         }
-        match self.filter(query, address) {
+        match self.filter(query.target, address) {
             Match::Yes => return Verdict::Deny(Denial::Filter),
             Match::NeedsAddress => return Verdict::NeedsAddress,
             Match::No => {}
@@ -291,10 +291,10 @@ impl Snapshot {
     }
 
     /// Whether the black list has the target and the white list does not.
-    fn filter(&self, query: Query<'_>, address: Option<IpAddr>) -> Match {
-        match in_lists(&self.black, query.target, address) {
+    pub fn filter(&self, target: &Target, address: Option<IpAddr>) -> Match {
+        match in_lists(&self.black, target, address) {
             Match::No => Match::No,
-            black => match in_lists(&self.white, query.target, address) {
+            black => match in_lists(&self.white, target, address) {
                 Match::Yes => Match::No,
                 Match::NeedsAddress => Match::NeedsAddress,
                 Match::No => black,

@@ -6,7 +6,7 @@ use prost::{Message, Oneof};
 #[derive(Clone, PartialEq, Message)]
 pub struct Up {
     /// What is said; `None` is something a later version says.
-    #[prost(oneof = "up::Body", tags = "1, 2, 3, 4, 5, 6, 7, 8")]
+    #[prost(oneof = "up::Body", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9")]
     pub body: Option<up::Body>,
 }
 
@@ -41,6 +41,9 @@ pub mod up {
         /// The sessions that run.
         #[prost(message, tag = "8")]
         Live(Live),
+        /// What would be decided.
+        #[prost(message, tag = "9")]
+        Explained(Explained),
     }
 }
 
@@ -54,7 +57,7 @@ impl From<up::Body> for Up {
 #[derive(Clone, PartialEq, Message)]
 pub struct Down {
     /// What is said; `None` is something a later version says.
-    #[prost(oneof = "down::Body", tags = "1, 2, 3, 4, 5, 6, 7")]
+    #[prost(oneof = "down::Body", tags = "1, 2, 3, 4, 5, 6, 7, 8")]
     pub body: Option<down::Body>,
 }
 
@@ -86,6 +89,9 @@ pub mod down {
         /// Do something.
         #[prost(message, tag = "7")]
         Command(Command),
+        /// What would be decided?
+        #[prost(message, tag = "8")]
+        Explain(Explain),
     }
 }
 
@@ -371,6 +377,55 @@ pub struct Lease {
     /// The quota has nothing more to grant.
     #[prost(bool, tag = "3")]
     pub spent: bool,
+}
+
+/// A request that nobody has made: what would be decided?
+#[derive(Clone, PartialEq, Message)]
+pub struct Explain {
+    /// For the answer.
+    #[prost(uint64, tag = "1")]
+    pub id: u64,
+    /// The user's name; empty is nobody.
+    #[prost(string, tag = "2")]
+    pub user: String,
+    /// The client's address.
+    #[prost(string, tag = "3")]
+    pub client: String,
+    /// socks5, socks4 or http.
+    #[prost(string, tag = "4")]
+    pub protocol: String,
+    /// `host:port`.
+    #[prost(string, tag = "5")]
+    pub target: String,
+}
+
+/// The decision.
+#[derive(Clone, PartialEq, Message)]
+pub struct Explained {
+    /// Which question it answers.
+    #[prost(uint64, tag = "1")]
+    pub id: u64,
+    /// Why the question cannot be answered; empty if it is.
+    #[prost(string, tag = "2")]
+    pub problem: String,
+    /// Whether the request would be let through.
+    #[prost(bool, tag = "3")]
+    pub allowed: bool,
+    /// Why not; empty if it would.
+    #[prost(string, tag = "4")]
+    pub reason: String,
+    /// The rule that decides; empty is the default, or what comes before the rules.
+    #[prost(string, tag = "5")]
+    pub rule: String,
+    /// What would be dialled.
+    #[prost(string, repeated, tag = "6")]
+    pub addresses: Vec<String>,
+    /// The generation that decides.
+    #[prost(uint64, tag = "7")]
+    pub generation: u64,
+    /// Whether the black list has the target, whoever asks.
+    #[prost(bool, tag = "8")]
+    pub filtered: bool,
 }
 
 /// The sessions that run.
