@@ -179,6 +179,10 @@ pub async fn serve(
     let certificate = certificate(&config.server.tls).await?;
     app.hub.listen(&config.link_path(), config.link.allow_uids.clone())?;
     let nodes = match config.link.bind {
+        Some(_) if !app.authority.is_of(&store).await? => anyhow::bail!(
+            "{}: nodes of this database know another authority; copy link-authority.key from the other control plane",
+            config.state.dir.display()
+        ),
         Some(bind) => Some(app.hub.listen_tls(bind, &app.authority).await?),
         None => None,
     };

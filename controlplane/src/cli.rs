@@ -308,10 +308,11 @@ impl NodeCommand {
                 let replaced = node::Entity::update_many()
                     .col_expr(node::Column::Certificate, issued.fingerprint.into())
                     .filter(node::Column::Name.eq(&name))
+                    .filter(node::Column::Status.eq("active"))
                     .exec(edit.db())
                     .await?;
                 if replaced.rows_affected == 0 {
-                    anyhow::bail!("there is no node {name:?}");
+                    anyhow::bail!("there is no node {name:?}, or it was revoked");
                 }
                 edit.commit(Change::new("node.identity", &name)).await.map_err(failed)?;
                 print!("{}", issued.pem);

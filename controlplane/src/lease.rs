@@ -2,29 +2,33 @@
 //! than there is.
 //!
 //! What a user has used, plus what nodes were granted and have not reported yet, never exceeds the quota.
-//! One node gets all of the rest; several share it and ask for more when half of theirs is gone. When
-//! nothing is left to grant but others hold some, half of that is taken back; it counts as granted until
-//! they have said what they still hold.
+//! One node gets all of the rest; several get equal parts of it and ask for more when half of theirs is
+//! gone. When nothing is left to grant, half of what the richest holds is taken back; it counts as granted
+//! until that node has said what it still holds, and until then it is granted nothing.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use culvert_api::link;
 use sea_orm::{
-    ColumnTrait, ConnectionTrait, DatabaseTransaction, DbErr, EntityTrait, PaginatorTrait,
-    QueryFilter, Set, TransactionTrait, sea_query::Expr, sea_query::OnConflict,
+    ColumnTrait, ConnectionTrait, DatabaseTransaction, DbErr, EntityTrait, QueryFilter,
+    QuerySelect, Set, TransactionTrait,
+    sea_query::{Expr, OnConflict},
 };
 
 use crate::{
     calendar::Calendar,
     store::{
-        Store,
-        entity::{command, lease, node, node_usage, usage, user},
+        Command, ROWS, Store,
+        entity::{lease, node, node_usage, report, usage, user},
         now, retry,
     },
 };
 
 /// So little is not shared, in bytes.
 const SMALL: i64 = 1 << 20;
+
+/// A node that was silent so long has nothing to give, in microseconds.
+const SILENT: i64 = 20_000_000;
 
 /// A boot of a node.
 pub type Boot = (i64, i64);
@@ -37,9 +41,10 @@ struct Account {
     /// The sum this boot may reach, and the one it has reported.
     granted: i64,
     reported: i64,
-    /// What others hold, and what of that can be taken back now.
+    /// What others hold.
     others: i64,
-    reachable: i64,
+    /// Which of the others' nodes that can be asked holds most, and how much.
+    richest: Option<(i64, i64)>,
 }
 
 impl Account {
@@ -50,22 +55,16 @@ impl Account {
     /// This boot may hold so much.
     fn lease(&self, user: i64, held: i64) -> link::Lease {
         let limit = (self.reported + held).cast_unsigned();
-        link::Lease { user: user.cast_unsigned(), limit, spent: false }
+        link::Lease { user: user.cast_unsigned(), limit, ..link::Lease::default() }
     }
 }
 
-/// The accounts of those of `users` who have a quota, as one boot sees them. Nobody else grants of them
-/// until the transaction ends.
+/// The accounts of those of `users` who have a quota, as one boot sees them.
 async fn accounts(
     db: &DatabaseTransaction,
     boot: Boot,
-    users: &BTreeSet<i64>,
-) -> Result<HashMap<i64, Account>, DbErr> {
-    user::Entity::update_many()
-        .col_expr(user::Column::UpdatedAt, Expr::col(user::Column::UpdatedAt))
-        .filter(user::Column::Id.is_in(users.iter().copied()))
-        .exec(db)
-        .await?;
+    users: &[i64],
+) -> Result<BTreeMap<i64, Account>, DbErr> {
     let metered = user::Entity::find()
         .filter(user::Column::Id.is_in(users.iter().copied()))
         .filter(user::Column::QuotaBytes.is_not_null());
@@ -89,7 +88,7 @@ async fn accounts(
         .into_iter()
         .map(|row| (((row.node_id, row.boot), row.user_id), row.up + row.down))
         .collect();
-    let connected: BTreeSet<Boot> = connected(db).await?;
+    let online = online(db).await?;
     let calendar = Calendar::load(db).await?;
     let account = |user: user::Model| {
         let start = calendar.start(user.quota_period.as_deref());
@@ -101,9 +100,12 @@ async fn accounts(
             let held = (row.granted - sum(of)).max(0);
             if of == boot {
                 account.granted = row.granted;
-            } else {
-                account.others += held;
-                account.reachable += if connected.contains(&of) { held } else { 0 };
+                continue;
+            }
+            account.others += held;
+            let richer = account.richest.is_none_or(|(_, most)| held > most);
+            if held > 0 && richer && online.contains(&row.node_id) {
+                account.richest = Some((row.node_id, held));
             }
         }
         account.granted = account.granted.max(account.reported);
@@ -114,45 +116,53 @@ async fn accounts(
     Ok(metered.into_iter().map(account).collect())
 }
 
-async fn connected(db: &impl ConnectionTrait) -> Result<BTreeSet<Boot>, DbErr> {
-    let nodes = node::Entity::find().filter(node::Column::Connected.eq(true));
-    Ok(nodes.all(db).await?.into_iter().map(|node| (node.id, node.boot)).collect())
+/// Nodes that were heard of a moment ago.
+async fn online(db: &impl ConnectionTrait) -> Result<BTreeSet<i64>, DbErr> {
+    let nodes = node::Entity::find()
+        .filter(node::Column::Status.eq("active"))
+        .filter(node::Column::SeenAt.gt(now() - SILENT));
+    Ok(nodes.all(db).await?.into_iter().map(|node| node.id).collect())
 }
 
 /// Grants what can be granted to a boot. Who gets nothing now, because others are to give some back
-/// first, is not in the answer; whether any of those is.
+/// first, is not in the answer.
 ///
 /// # Errors
 /// The database failed; nothing was granted then.
-pub async fn grant(
-    store: &Store,
-    boot: Boot,
-    users: &[u64],
-) -> Result<(link::LeaseGrant, bool), DbErr> {
-    let users: BTreeSet<i64> = users.iter().map(|user| user.cast_signed()).collect();
-    retry(|| async {
+pub async fn grant(store: &Store, boot: Boot, users: &[u64]) -> Result<link::LeaseGrant, DbErr> {
+    let users: Vec<i64> = users.iter().map(|user| user.cast_signed()).collect();
+    let (leases, wanted) = retry(|| async {
         let db = store.db().begin().await?;
         let granted = grant_once(&db, boot, &users).await?;
         db.commit().await?;
         Ok(granted)
     })
-    .await
+    .await?;
+    if !wanted.is_empty() {
+        let commands = wanted.into_iter().map(|(node, user)| (node, Command::TakeBack, user));
+        store.command(commands.collect()).await?;
+    }
+    Ok(link::LeaseGrant { leases })
 }
 
-async fn grant_once(
-    db: &DatabaseTransaction,
-    boot: Boot,
-    users: &BTreeSet<i64>,
-) -> Result<(link::LeaseGrant, bool), DbErr> {
-    let accounts = accounts(db, boot, users).await?;
-    let nodes = node::Entity::find()
-        .filter(node::Column::Connected.eq(true))
-        .filter(node::Column::Status.eq("active"))
-        .count(db)
+/// Leases, and of which nodes some of which users' are wanted back.
+type Granted = (Vec<link::Lease>, Vec<(i64, i64)>);
+
+async fn grant_once(db: &DatabaseTransaction, boot: Boot, users: &[i64]) -> Result<Granted, DbErr> {
+    // Nobody else grants of these until this is over.
+    user::Entity::update_many()
+        .col_expr(user::Column::UpdatedAt, Expr::col(user::Column::UpdatedAt))
+        .filter(user::Column::Id.is_in(users.iter().copied()))
+        .exec(db)
         .await?;
-    let nodes = i64::try_from(nodes).unwrap_or(i64::MAX).max(1);
     let (mut leases, mut rows, mut wanted) = (Vec::new(), Vec::new(), Vec::new());
-    for (&user, account) in &accounts {
+    let known = report::Entity::find_by_id(boot).one(db).await?;
+    if known.is_some_and(|known| known.ended) {
+        // Nobody would ever account for it.
+        return Ok((leases, wanted));
+    }
+    let nodes = i64::try_from(online(db).await?.len()).unwrap_or(i64::MAX).max(1);
+    for (user, account) in accounts(db, boot, users).await? {
         if account.free > 0 {
             let more = (account.free / nodes).max(SMALL).min(account.free);
             leases.push(account.lease(user, account.held() + more));
@@ -163,12 +173,15 @@ async fn grant_once(
                 granted: Set(account.granted + more),
                 updated_at: Set(now()),
             });
-        } else if account.reachable > account.held() {
-            wanted.push(user);
-        } else {
-            // Nothing more to come, or no less than the others have.
-            let spent = account.reachable == 0;
-            leases.push(link::Lease { spent, ..account.lease(user, account.held()) });
+            continue;
+        }
+        match account.richest {
+            Some((node, most)) if most > account.held() => wanted.push((node, user)),
+            // No less than the others have, or nothing more to come.
+            richest => leases.push(link::Lease {
+                spent: richest.is_none(),
+                ..account.lease(user, account.held())
+            }),
         }
     }
     if !rows.is_empty() {
@@ -178,66 +191,62 @@ async fn grant_once(
             .to_owned();
         lease::Entity::insert_many(rows).on_conflict(over).exec_without_returning(db).await?;
     }
-    if !wanted.is_empty() {
-        let ask = |user: &i64| command::ActiveModel {
-            node_id: Set(0),
-            kind: Set("take_back".into()),
-            argument: Set(*user),
-            at: Set(now()),
-            ..Default::default()
-        };
-        command::Entity::insert_many(wanted.iter().map(ask)).exec_without_returning(db).await?;
-    }
-    Ok((link::LeaseGrant { leases }, !wanted.is_empty()))
+    Ok((leases, wanted))
 }
 
-/// What a boot is to hold from now on: half, for others who have nothing.
+/// What a boot is to hold from now on of a user's quota: half, for others who have nothing.
 ///
 /// # Errors
 /// The database failed.
 pub async fn take_back(store: &Store, boot: Boot, user: u64) -> Result<link::LeaseGrant, DbErr> {
-    lower(store, boot, [user.cast_signed()].into(), |account| match account.held() / 2 {
-        // Not from who has less than the others.
-        _ if account.held() < account.others => account.held(),
+    lower(store, boot, &[user.cast_signed()], |account| match account.held() / 2 {
         small if small < SMALL / 4 => 0,
         half => half,
     })
     .await
 }
 
-/// What a boot is to hold from now on of quotas that were lowered.
+/// What a boot is to hold from now on of quotas that were lowered: of those of `users`, or of all.
 ///
 /// # Errors
 /// The database failed.
-pub async fn trim(store: &Store, boot: Boot) -> Result<link::LeaseGrant, DbErr> {
-    let of_boot = lease::Entity::find()
-        .filter(lease::Column::NodeId.eq(boot.0))
-        .filter(lease::Column::Boot.eq(boot.1));
-    let users = of_boot.all(store.db()).await?.into_iter().map(|row| row.user_id).collect();
-    lower(store, boot, users, |account| account.held() + account.free.min(0)).await
+pub async fn trim(
+    store: &Store,
+    boot: Boot,
+    users: Option<Vec<u64>>,
+) -> Result<link::LeaseGrant, DbErr> {
+    let users = match users {
+        Some(users) => users.into_iter().map(u64::cast_signed).collect(),
+        None => {
+            let of_boot = lease::Entity::find()
+                .filter(lease::Column::NodeId.eq(boot.0))
+                .filter(lease::Column::Boot.eq(boot.1));
+            let of_boot = of_boot.select_only().column(lease::Column::UserId);
+            of_boot.into_tuple::<i64>().all(store.db()).await?
+        }
+    };
+    lower(store, boot, &users, |account| account.held() + account.free.min(0)).await
 }
 
 async fn lower(
     store: &Store,
     boot: Boot,
-    users: BTreeSet<i64>,
+    users: &[i64],
     keep: impl Fn(&Account) -> i64,
 ) -> Result<link::LeaseGrant, DbErr> {
-    if users.is_empty() {
-        return Ok(link::LeaseGrant::default());
-    }
-    let accounts = retry(|| async {
+    let mut leases = Vec::new();
+    for part in users.chunks(ROWS) {
+        // One transaction sees one state.
         let db = store.db().begin().await?;
-        let accounts = accounts(&db, boot, &users).await?;
+        let accounts = accounts(&db, boot, part).await?;
         db.commit().await?;
-        Ok(accounts)
-    })
-    .await?;
-    let lower = |(user, account): (i64, Account)| {
-        let keep = keep(&account).max(0);
-        (keep < account.held()).then(|| account.lease(user, keep))
-    };
-    Ok(link::LeaseGrant { leases: accounts.into_iter().filter_map(lower).collect() })
+        leases.extend(accounts.into_iter().filter_map(|(user, account)| {
+            let keep = keep(&account).max(0);
+            let lease = link::Lease { taken_back: true, ..account.lease(user, keep) };
+            (keep < account.held()).then_some(lease)
+        }));
+    }
+    Ok(link::LeaseGrant { leases })
 }
 
 /// A report says what is left of leases of which some was taken back, or that a boot is over.
@@ -285,3 +294,6 @@ pub async fn clean(db: &impl ConnectionTrait, before: i64) -> Result<(), DbErr> 
         .await?;
     Ok(())
 }
+
+#[cfg(test)]
+mod tests;

@@ -3,7 +3,8 @@
 mod authority;
 
 use std::{
-    collections::{HashMap, VecDeque},
+    collections::{HashMap, HashSet, VecDeque},
+    io,
     net::SocketAddr,
     path::{Path, PathBuf},
     sync::{
@@ -28,7 +29,7 @@ use tokio::{
 use crate::{
     http, lease, publish,
     store::{
-        Actor, Change, ROWS, Store,
+        Actor, Change, Command, ROWS, Store,
         entity::{command as asked, heartbeat, node, session},
         now, retry,
     },
@@ -41,7 +42,7 @@ const HELLO: Duration = Duration::from_secs(5);
 const QUESTIONS_MAX: usize = 64;
 const ANSWER: Duration = Duration::from_secs(8);
 /// Nodes that shake hands at once.
-const GREETING_MAX: usize = 64;
+const GREETING_MAX: usize = 1024;
 /// A node that is silent so long is gone; it sends a heartbeat every 5 s.
 const SILENT: Duration = Duration::from_secs(20);
 /// How often commands of other control planes are looked for.
@@ -178,10 +179,23 @@ impl Hub {
                 };
                 let (hub, acceptor) = (hub.clone(), acceptor.clone());
                 tokio::spawn(async move {
-                    let met = timeout(HELLO, acceptor.accept(stream)).await;
-                    drop(place);
-                    match met {
-                        Ok(Ok((stream, shown))) => hub.serve(stream, Some(shown)).await,
+                    let met = timeout(HELLO, async {
+                        let (stream, shown) = acceptor.accept(stream).await?;
+                        let known = hub.known(&shown).await.map_err(io::Error::other)?;
+                        Ok::<_, io::Error>((stream, shown, known))
+                    });
+                    match met.await {
+                        Ok(Ok((stream, shown, true))) => {
+                            drop(place);
+                            hub.serve(stream, Some(shown)).await;
+                        }
+                        Ok(Ok((stream, ..))) => {
+                            // From whom nothing is read.
+                            let refusal = "the identity was replaced, or its node revoked; get another \
+                                           with culvert-control node identity, or node add";
+                            let refusal = link::Welcome { version: 0, refusal: refusal.into() };
+                            let _ = Peer::new(stream).send(down::Body::Welcome(refusal)).await;
+                        }
                         Ok(Err(error)) => tracing::debug!(%from, %error, "not a node"),
                         Err(_) => tracing::debug!(%from, "silent instead of a node"),
                     }
@@ -191,10 +205,18 @@ impl Hub {
         Ok(address)
     }
 
+    /// Whether a node that may follow has this certificate.
+    async fn known(&self, shown: &[u8]) -> Result<bool, DbErr> {
+        let known = node::Entity::find()
+            .filter(node::Column::Certificate.eq(fingerprint(shown)))
+            .filter(node::Column::Status.eq("active"));
+        Ok(known.one(self.store.db()).await?.is_some())
+    }
+
     /// Serves a node that comes over a socket of this host, or has shown a certificate.
     async fn serve(self: Arc<Self>, stream: impl Stream + 'static, shown: Option<Vec<u8>>) {
         let mut peer = Peer::new(stream);
-        let node = match self.greet(&mut peer, shown.as_deref()).await {
+        let mut node = match self.greet(&mut peer, shown.as_deref()).await {
             Ok(node) => node,
             Err(gone) => {
                 tracing::warn!(%gone, "a node was not taken");
@@ -203,7 +225,7 @@ impl Hub {
         };
         self.connected.fetch_add(1, Relaxed);
         tracing::info!(node = %node.row.name, boot = node.boot, "node connected");
-        let gone = self.follow(&mut peer, &node).await;
+        let gone = self.follow(&mut peer, &mut node).await;
         self.connected.fetch_sub(1, Relaxed);
         if let Err(gone) = gone {
             tracing::info!(node = %node.row.name, %gone, "node disconnected");
@@ -239,12 +261,9 @@ impl Hub {
             (Some(row), _) if row.status != "active" => {
                 format!("node {} was revoked; give it another name", row.name)
             }
-            (Some(row), Some(shown)) if row.certificate != *shown => format!(
-                "this is not the identity of node {}; set node.name, or get it another identity with culvert-control node identity",
-                row.name
-            ),
-            (None, Some(_)) => {
-                format!("there is no node {}; enrol it with culvert-control node add", hello.node)
+            (Some(row), Some(shown)) if row.certificate == *shown => refusal,
+            (_, Some(_)) => {
+                format!("this is not the identity of node {}; set node.name", hello.node)
             }
             _ => refusal,
         };
@@ -265,7 +284,13 @@ impl Hub {
         change.seen_at = Set(Some(now()));
         change.generation = Set(hello.generation.cast_signed());
         change.update(self.store.db()).await?;
-        Ok(Node { row, boot: hello.boot, shown, generation: hello.generation })
+        Ok(Node {
+            row,
+            boot: hello.boot,
+            shown,
+            generation: hello.generation,
+            taken_back: HashSet::new(),
+        })
     }
 
     async fn enrol(&self, name: &str) -> Result<node::Model, Gone> {
@@ -277,7 +302,7 @@ impl Hub {
     }
 
     /// Serves a node until it is gone.
-    async fn follow(&self, peer: &mut Peer, node: &Node) -> Result<(), Gone> {
+    async fn follow(&self, peer: &mut Peer, node: &mut Node) -> Result<(), Gone> {
         let mut changed = self.store.watch();
         let mut looked = self.look.subscribe();
         let mut known = node.generation;
@@ -318,11 +343,10 @@ impl Hub {
                 _ = changed.changed() => { due.get_or_insert(Instant::now() + COALESCE); }
                 () = sleep_until(due) => {
                     due = None;
-                    known = self.send_changes(peer, known).await?;
-                    let lowered = lease::trim(&self.store, node.key()).await?;
-                    if !lowered.leases.is_empty() {
-                        peer.send(down::Body::LeaseGrant(lowered)).await?;
-                    }
+                    let changed_users;
+                    (known, changed_users) = self.send_changes(peer, known).await?;
+                    let lowered = lease::trim(&self.store, node.key(), changed_users).await?;
+                    self.take_back(peer, node, lowered).await?;
                 }
                 _ = looked.changed() => { last_command = self.command(peer, node, last_command).await?; }
                 _ = look.tick() => {
@@ -335,29 +359,50 @@ impl Hub {
         }
     }
 
+    /// Has a node hold less, unless it is about to tell what it still holds.
+    async fn take_back(
+        &self,
+        peer: &mut Peer,
+        node: &mut Node,
+        mut grant: link::LeaseGrant,
+    ) -> Result<(), Gone> {
+        grant.leases.retain(|lease| node.taken_back.insert(lease.user));
+        if !grant.leases.is_empty() {
+            peer.send(down::Body::LeaseGrant(grant)).await?;
+        }
+        Ok(())
+    }
+
     fn next_question(&self) -> Option<Question> {
         self.questions.lock().ok()?.pop_front()
     }
 
-    /// Brings a node from one generation to the present one.
-    async fn send_changes(&self, peer: &mut Peer, known: u64) -> Result<u64, Gone> {
+    /// Brings a node from one generation to the present one. Returns that, and whose quotas may be others
+    /// now; `None` is all.
+    async fn send_changes(
+        &self,
+        peer: &mut Peer,
+        known: u64,
+    ) -> Result<(u64, Option<Vec<u64>>), Gone> {
         let began = Instant::now();
         loop {
             let tried = async {
                 if known > 0
                     && let Some(delta) = publish::delta(&self.store, known).await?
                 {
-                    return Ok((delta.generation, down::Body::Delta(delta)));
+                    let metered = delta.upserts.iter().filter(|user| user.metered);
+                    let metered = Some(metered.map(|user| user.id).collect());
+                    return Ok((delta.generation, metered, down::Body::Delta(delta)));
                 }
                 let snapshot = publish::snapshot(&self.store).await?;
-                Ok((snapshot.generation, down::Body::Snapshot(snapshot)))
+                Ok((snapshot.generation, None, down::Body::Snapshot(snapshot)))
             };
             match tried.await {
-                Ok((generation, body)) => {
+                Ok((generation, users, body)) => {
                     if generation != known {
                         peer.send(body).await?;
                     }
-                    return Ok(generation);
+                    return Ok((generation, users));
                 }
                 Err(error) if began.elapsed() > PATIENCE => return Err(Gone::Database(error)),
                 Err(_) => tokio::time::sleep(COALESCE).await,
@@ -365,7 +410,7 @@ impl Hub {
         }
     }
 
-    async fn heard(&self, peer: &mut Peer, node: &Node, body: up::Body) -> Result<(), Gone> {
+    async fn heard(&self, peer: &mut Peer, node: &mut Node, body: up::Body) -> Result<(), Gone> {
         match body {
             up::Body::Explained(_) => {}
             up::Body::Hello(_) => return Err(Gone::Refused("a second hello".into())),
@@ -380,6 +425,9 @@ impl Hub {
             up::Body::Heartbeat(beat) => self.beat(node, &beat).await?,
             up::Body::Report(report) => {
                 let spent = usage::apply(&self.store, node.row.id, &report).await?;
+                for usage in report.users.iter().filter(|usage| usage.held.is_some()) {
+                    node.taken_back.remove(&usage.user);
+                }
                 if !spent.is_empty() {
                     self.spent(&spent).await?;
                 }
@@ -393,13 +441,17 @@ impl Hub {
             }
             up::Body::Live(live) => self.live(node, &live).await?,
             up::Body::LeaseRequest(request) => {
-                for users in request.users.chunks(ROWS) {
-                    let (grant, wanted) = lease::grant(&self.store, node.key(), users).await?;
+                // Who is to give some back asks again when that is known.
+                let users: Vec<u64> = request
+                    .users
+                    .into_iter()
+                    .filter(|user| !node.taken_back.contains(user))
+                    .collect();
+                for users in users.chunks(ROWS) {
+                    let grant = lease::grant(&self.store, node.key(), users).await?;
                     peer.send(down::Body::LeaseGrant(grant)).await?;
-                    if wanted {
-                        self.look();
-                    }
                 }
+                self.look();
             }
         }
         Ok(())
@@ -473,7 +525,7 @@ impl Hub {
     }
 
     /// Passes on what is asked of a node since the last time.
-    async fn command(&self, peer: &mut Peer, node: &Node, last: i64) -> Result<i64, Gone> {
+    async fn command(&self, peer: &mut Peer, node: &mut Node, last: i64) -> Result<i64, Gone> {
         let rows = asked::Entity::find()
             .filter(asked::Column::Id.gt(last))
             .filter(asked::Column::NodeId.is_in([0, node.row.id]))
@@ -486,15 +538,16 @@ impl Hub {
         for row in rows {
             last = row.id;
             let argument = row.argument.cast_unsigned();
-            if row.kind == "take_back" {
-                let lowered = lease::take_back(&self.store, node.key(), argument).await?;
-                peer.send(down::Body::LeaseGrant(lowered)).await?;
-                continue;
-            }
-            let kind = match row.kind.as_str() {
-                "end_session" => command::Kind::EndSession(argument),
-                "end_user" => command::Kind::EndUser(argument),
-                _ => command::Kind::Drain(true),
+            let kind = match Command::of(&row) {
+                Some(Command::EndSession) => command::Kind::EndSession(argument),
+                Some(Command::EndUser) => command::Kind::EndUser(argument),
+                Some(Command::Drain) => command::Kind::Drain(true),
+                Some(Command::TakeBack) => {
+                    let lowered = lease::take_back(&self.store, node.key(), argument).await?;
+                    self.take_back(peer, node, lowered).await?;
+                    continue;
+                }
+                None => continue,
             };
             peer.send(down::Body::Command(link::Command { kind: Some(kind) })).await?;
         }
@@ -557,6 +610,8 @@ struct Node {
     shown: Option<String>,
     /// The generation of its copy.
     generation: u64,
+    /// Users of whose leases some was taken back, until it has told what it still holds.
+    taken_back: HashSet<u64>,
 }
 
 impl Node {

@@ -96,6 +96,48 @@ impl Change {
     }
 }
 
+/// What can be asked of a node.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Command {
+    /// End a session.
+    EndSession,
+    /// End all sessions of a user.
+    EndUser,
+    /// Take no more sessions, let the others end, exit.
+    Drain,
+    /// Hold less of a user's quota.
+    TakeBack,
+}
+
+impl Command {
+    const ALL: [Self; 4] = [Self::EndSession, Self::EndUser, Self::Drain, Self::TakeBack];
+
+    fn name(self) -> &'static str {
+        match self {
+            Self::EndSession => "end_session",
+            Self::EndUser => "end_user",
+            Self::Drain => "drain",
+            Self::TakeBack => "take_back",
+        }
+    }
+
+    /// The command of a row; `None` is one of a later version.
+    pub fn of(row: &entity::command::Model) -> Option<Self> {
+        Self::ALL.into_iter().find(|command| command.name() == row.kind)
+    }
+
+    /// A row for whichever control plane has the node; node 0 is all.
+    pub fn row(self, node: i64, argument: i64) -> entity::command::ActiveModel {
+        entity::command::ActiveModel {
+            node_id: Set(node),
+            kind: Set(self.name().to_owned()),
+            argument: Set(argument),
+            at: Set(now()),
+            ..Default::default()
+        }
+    }
+}
+
 /// Microseconds since 1970.
 pub fn now() -> i64 {
     let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
@@ -203,14 +245,30 @@ impl Store {
     /// # Errors
     /// The database failed, or others held the lock for too long.
     pub async fn edit(&self, actor: Actor) -> Result<Edit<'_>, DbErr> {
+        Ok(Edit { store: self, transaction: self.lock().await?, actor })
+    }
+
+    async fn lock(&self) -> Result<DatabaseTransaction, DbErr> {
         let lock = format!("UPDATE head SET generation = generation WHERE id = {HEAD}");
         let begin = || async {
             let transaction = self.db.begin().await?;
             self.run(&transaction, lock.clone()).await?;
             Ok(transaction)
         };
-        let transaction = retry(begin).await?;
-        Ok(Edit { store: self, transaction, actor })
+        retry(begin).await
+    }
+
+    /// Leaves commands that nobody has given, for nodes and with their arguments. Under the lock of
+    /// edits, so that commands are seen in the order of their numbers.
+    ///
+    /// # Errors
+    /// The database failed; none was left then.
+    pub async fn command(&self, commands: Vec<(i64, Command, i64)>) -> Result<(), DbErr> {
+        let db = self.lock().await?;
+        let rows =
+            commands.into_iter().map(|(node, command, argument)| command.row(node, argument));
+        entity::command::Entity::insert_many(rows).exec_without_returning(&db).await?;
+        db.commit().await
     }
 
     async fn run(&self, db: &DatabaseTransaction, sql: String) -> Result<(), DbErr> {

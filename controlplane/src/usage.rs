@@ -29,17 +29,32 @@ pub async fn begin(db: &DatabaseTransaction, user: &user::Model) -> Result<(), D
     if user.quota_bytes.is_none() || start == 0 {
         return Ok(());
     }
-    usage::Entity::delete_by_id((user.id, start)).exec(db).await?;
     let id = user.id;
     let from = match start {
         TOTAL => format!("user_usage WHERE user_id = {id} AND period = 0"),
         _ => format!("traffic_logs WHERE user_id = {id} AND at >= {start}"),
     };
+    // Read first, without locks: reports take theirs in another order.
+    let [up, down] = sums(db, &from).await?;
+    usage::Entity::delete_by_id((id, start)).exec(db).await?;
+    let row =
+        usage::ActiveModel { user_id: Set(id), period: Set(start), up: Set(up), down: Set(down) };
+    usage::Entity::insert(row).exec_without_returning(db).await.map(drop)
+}
+
+/// The sums of rows, both ways, given as what follows FROM.
+///
+/// # Errors
+/// The database failed.
+pub async fn sums(db: &impl ConnectionTrait, rows: &str) -> Result<[i64; 2], DbErr> {
+    // MySQL's sums are decimals.
     let sql = format!(
-        "INSERT INTO user_usage (user_id, period, up, down) \
-         SELECT {id}, {start}, COALESCE(SUM(up), 0), COALESCE(SUM(down), 0) FROM {from}"
+        "SELECT CAST(COALESCE(SUM(up), 0) AS SIGNED) AS up, \
+         CAST(COALESCE(SUM(down), 0) AS SIGNED) AS down FROM {rows}"
     );
-    db.execute_raw(Statement::from_string(db.get_database_backend(), sql)).await.map(drop)
+    let row = db.query_one_raw(Statement::from_string(db.get_database_backend(), sql)).await?;
+    let Some(row) = row else { return Ok([0; 2]) };
+    Ok([row.try_get("", "up")?, row.try_get("", "down")?])
 }
 
 /// Applies a report; one that was applied before changes nothing. Returns users whose quota it spent.
@@ -70,7 +85,7 @@ async fn apply_once(
         _ => "ON CONFLICT (node_id, boot) DO UPDATE SET uncertain = uncertain",
     };
     let sql = format!(
-        "INSERT INTO reports (node_id, boot, sequence, uncertain) VALUES ({node}, {boot}, -1, 0) {over}"
+        "INSERT INTO reports (node_id, boot, sequence, uncertain, ended) VALUES ({node}, {boot}, -1, 0, FALSE) {over}"
     );
     db.execute_raw(Statement::from_string(backend, sql)).await?;
     let known = report::Entity::find_by_id(key).one(db).await?;
@@ -82,9 +97,14 @@ async fn apply_once(
         boot: Set(boot),
         sequence: Set(sequence),
         uncertain: Set(said.uncertain.cast_signed()),
+        ended: Set(said.last || known.is_some_and(|known| known.ended)),
     };
     let over = OnConflict::columns([report::Column::NodeId, report::Column::Boot])
-        .update_columns([report::Column::Sequence, report::Column::Uncertain])
+        .update_columns([
+            report::Column::Sequence,
+            report::Column::Uncertain,
+            report::Column::Ended,
+        ])
         .to_owned();
     report::Entity::insert(row).on_conflict(over).exec_without_returning(db).await?;
 
@@ -147,14 +167,13 @@ async fn apply_part(
     add(db, "node_usage", "node_id, boot, user_id", &sums).await?;
     add(db, "traffic_logs", "at, user_id, node_id", &minutes).await?;
     add(db, "user_usage", "user_id, period", &periods).await?;
-    let mut spent = Vec::new();
-    for (id, (start, quota)) in quotas {
-        let used = usage::Entity::find_by_id((id, start)).one(db).await?;
-        if used.is_some_and(|row| row.up + row.down >= quota) {
-            spent.push(id);
-        }
-    }
-    Ok(spent)
+    let moved = quotas.keys().copied().filter(|id| periods.iter().any(|row| row[0] == *id));
+    let used = usage::Entity::find().filter(usage::Column::UserId.is_in(moved)).all(db).await?;
+    let is_spent = |row: &usage::Model| {
+        let quota = quotas.get(&row.user_id).filter(|(start, _)| *start == row.period);
+        quota.is_some_and(|(_, quota)| row.up + row.down >= *quota)
+    };
+    Ok(used.iter().filter(|row| is_spent(row)).map(|row| row.user_id).collect())
 }
 
 /// Adds bytes to rows, making those that are missing. All values are numbers.

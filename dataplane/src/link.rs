@@ -52,6 +52,8 @@ const RECORDS: usize = 500;
 const LEASES: usize = 500;
 /// When a lease that was not granted is asked for again: another node may have given some back.
 const ASK_AGAIN: Duration = Duration::from_millis(300);
+/// How long leases are kept without a control plane, which gives them to others after a day.
+const LEASES_KEPT: Duration = Duration::from_secs(12 * 3600);
 /// How often the spool is looked at.
 const LOOK: Duration = Duration::from_millis(200);
 /// Sessions listed at most.
@@ -201,6 +203,7 @@ impl Follower {
     pub async fn run(self: Arc<Self>, node: Arc<Node>) {
         let mut pause = PAUSE.0;
         let mut told = String::new();
+        let mut away = Instant::now();
         loop {
             let began = Instant::now();
             let gone = match self.way.connect().await {
@@ -210,6 +213,12 @@ impl Follower {
             match gone {
                 Ok(()) | Err(Gone::Ended) => return,
                 Err(gone) => {
+                    // Who is refused, or away for long, holds nothing that others might get.
+                    let connected = began.elapsed() > PAUSE.1;
+                    away = if connected { Instant::now() } else { away };
+                    if matches!(gone, Gone::Refused(_)) || away.elapsed() > LEASES_KEPT {
+                        self.give_up();
+                    }
                     // The same reason is told once.
                     let reason = gone.to_string();
                     if reason != told {
@@ -290,14 +299,22 @@ impl Follower {
                     Some(body) => self.heard(node, peer, body).await?,
                     None => {}
                 },
-                () = node.shared.wanted.wait() => self.ask(node, peer).await?,
+                () = node.shared.wanted.wait(), if end == End::No => {
+                    // What is asked for is judged by what is known to be spent.
+                    if outstanding.is_none() {
+                        outstanding = self.report(node, peer, false).await?;
+                    }
+                    self.ask(node, peer).await?;
+                }
                 _ = report.tick(), if outstanding.is_none() && end == End::No => {
                     outstanding = self.report(node, peer, false).await?;
                 }
                 _ = beat.tick() => self.beat(node, peer).await?,
                 _ = look.tick() => {
                     // What is not answered has to wait for another node.
-                    self.ask(node, peer).await?;
+                    if end == End::No {
+                        self.ask(node, peer).await?;
+                    }
                     let records = self.spool.after(sent_record, RECORDS)?;
                     if let Some(last) = records.last() {
                         sent_record = last.sequence;
@@ -413,17 +430,27 @@ impl Follower {
         Ok(())
     }
 
+    /// Holds no leases any more.
+    fn give_up(&self) {
+        let Leases { known, held, .. } = &mut *lock(&self.leases);
+        for (user, lease) in known.iter().filter(|(_, lease)| lease.limit() > 0) {
+            held.insert(*user, lease.set_limit(0));
+        }
+    }
+
     /// Asks for what leases run short of.
     async fn ask(&self, node: &Node, peer: &mut Peer) -> Result<(), Gone> {
         let users: Vec<u64> = {
-            let Leases { known, asked, .. } = &mut *lock(&self.leases);
+            let Leases { known, asked, held } = &mut *lock(&self.leases);
             let now = Instant::now();
             for lease in node.shared.wanted.take() {
                 asked.entry(lease.user()).or_insert(now);
                 known.insert(lease.user(), lease);
             }
             asked.retain(|user, _| known.get(user).is_some_and(|lease| lease.epoch().is_some()));
-            let due = asked.iter_mut().filter(|(_, due)| **due <= now);
+            // What was taken back is told first.
+            let due =
+                asked.iter_mut().filter(|(user, due)| **due <= now && !held.contains_key(user));
             due.map(|(user, due)| {
                 *due = now + ASK_AGAIN;
                 *user
@@ -439,23 +466,28 @@ impl Follower {
 
     /// Puts grants in force; whether some of a lease was taken back.
     async fn granted(&self, node: &Node, grant: link::LeaseGrant) -> bool {
+        let known = lock(&self.leases).known.clone();
+        let of = |granted: &link::Lease| known.get(&granted.user);
+        let new = grant.leases.iter().filter(|granted| of(granted).is_some_and(|l| l.limit() == 0));
+        let new: Arc<[u64]> = new.map(|granted| granted.user).collect();
+        if !new.is_empty() {
+            node.settle(new).await;
+        }
+        let mut leases = lock(&self.leases);
         let mut taken_back = false;
-        for granted in grant.leases {
-            let lease = lock(&self.leases).known.get(&granted.user).cloned();
-            let Some(lease) = lease else { continue };
+        for granted in &grant.leases {
+            let Some(lease) = of(granted) else { continue };
             let before = lease.limit();
-            if before == 0 {
-                node.settle(granted.user).await;
-            }
-            let holds = lease.set_limit(granted.limit);
-            if granted.spent {
-                lease.set_spent(clock());
-            }
-            let mut leases = lock(&self.leases);
-            leases.asked.remove(&granted.user);
-            if granted.limit < before {
+            if granted.taken_back {
+                let holds = lease.set_limit(granted.limit.min(before));
                 leases.held.insert(granted.user, holds);
                 taken_back = true;
+            } else if !leases.held.contains_key(&granted.user) {
+                leases.asked.remove(&granted.user);
+                lease.set_limit(granted.limit.max(before));
+                if granted.limit <= before {
+                    lease.set_refused(granted.spent, clock());
+                }
             }
         }
         taken_back

@@ -391,9 +391,9 @@ impl Node {
         (totals, whole)
     }
 
-    /// Has every worker take from a user's lease what it moved before the lease began.
-    pub async fn settle(&self, user: u64) {
-        for answer in self.ask(|reply| Message::Settle(user, reply)) {
+    /// Has every worker take from users' leases what it moved before they began.
+    pub async fn settle(&self, users: Arc<[u64]>) {
+        for answer in self.ask(|reply| Message::Settle(users.clone(), reply)) {
             // One that does not answer takes it with the user's next byte.
             let _ = tokio::time::timeout(ALIVE, answer).await;
         }

@@ -89,8 +89,8 @@ pub enum Message {
     Ping(oneshot::Sender<()>),
     /// What have users moved?
     Totals(oneshot::Sender<Vec<(u64, Bytes)>>),
-    /// Take from a user's lease what was moved before it began.
-    Settle(u64, oneshot::Sender<()>),
+    /// Take from users' leases what was moved before they began.
+    Settle(Arc<[u64]>, oneshot::Sender<()>),
     /// End all sessions of a user.
     EndUser(u64, Cause),
     /// Which sessions run?
@@ -271,8 +271,8 @@ impl Worker {
             Message::Totals(reply) => {
                 let _ = reply.send(self.ledger.tell());
             }
-            Message::Settle(user, reply) => {
-                self.ledger.settle(user);
+            Message::Settle(users, reply) => {
+                users.iter().for_each(|user| self.ledger.settle(*user));
                 let _ = reply.send(());
             }
             Message::EndUser(user, cause) => {

@@ -166,25 +166,6 @@ fn client(peer: IpAddr, said: Vec<&str>, trusted: &[ipnet::IpNet]) -> IpAddr {
     client
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn only_trusted_proxies_are_believed() {
-        let trusted = ["10.0.0.0/8".parse().unwrap(), "::1/128".parse().unwrap()];
-        let of = |peer: &str, said: &str| {
-            client(peer.parse().unwrap(), said.split(',').collect(), &trusted).to_string()
-        };
-        assert_eq!(of("192.0.2.1", "203.0.113.9"), "192.0.2.1");
-        assert_eq!(of("10.0.0.1", "203.0.113.9"), "203.0.113.9");
-        assert_eq!(of("::ffff:10.0.0.1", "203.0.113.9"), "203.0.113.9");
-        assert_eq!(of("10.0.0.1", "1.1.1.1, 203.0.113.9, 10.0.0.2"), "203.0.113.9");
-        assert_eq!(of("10.0.0.1", "1.1.1.1, nonsense"), "10.0.0.1");
-        assert_eq!(of("::1", ""), "::1");
-    }
-}
-
 /// Who calls: a user whose token is good and who may still use the API.
 pub struct Caller {
     /// The user as the database has it now.
@@ -250,5 +231,24 @@ impl FromRequestParts<App> for Admin {
     async fn from_request_parts(parts: &mut Parts, app: &App) -> Result<Self, Problem> {
         let caller = Caller::from_request_parts(parts, app).await?;
         if caller.is_admin() { Ok(Self(caller)) } else { Err(Problem::forbidden()) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_trusted_proxies_are_believed() {
+        let trusted = ["10.0.0.0/8".parse().unwrap(), "::1/128".parse().unwrap()];
+        let of = |peer: &str, said: &str| {
+            client(peer.parse().unwrap(), said.split(',').collect(), &trusted).to_string()
+        };
+        assert_eq!(of("192.0.2.1", "203.0.113.9"), "192.0.2.1");
+        assert_eq!(of("10.0.0.1", "203.0.113.9"), "203.0.113.9");
+        assert_eq!(of("::ffff:10.0.0.1", "203.0.113.9"), "203.0.113.9");
+        assert_eq!(of("10.0.0.1", "1.1.1.1, 203.0.113.9, 10.0.0.2"), "203.0.113.9");
+        assert_eq!(of("10.0.0.1", "1.1.1.1, nonsense"), "10.0.0.1");
+        assert_eq!(of("::1", ""), "::1");
     }
 }

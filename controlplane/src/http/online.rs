@@ -4,7 +4,7 @@ use std::collections::HashMap;
 
 use axum::{Json, extract::State, http::StatusCode};
 use sea_orm::{
-    ColumnTrait, EntityTrait, ExprTrait, PaginatorTrait, QueryFilter, QueryOrder, QuerySelect, Set,
+    ColumnTrait, EntityTrait, ExprTrait, PaginatorTrait, QueryFilter, QueryOrder, QuerySelect,
     sea_query::Expr,
 };
 use serde::{Deserialize, Serialize};
@@ -13,9 +13,8 @@ use utoipa_axum::{router::OpenApiRouter, routes};
 
 use super::{Admin, App, Caller, Id, Page, Paging, Params, Problem, problem::Result};
 use crate::store::{
-    Change,
+    Change, Command,
     entity::{command, session, user},
-    now,
 };
 
 pub(super) fn routes() -> OpenApiRouter<App> {
@@ -154,7 +153,7 @@ async fn kick(
     };
     let known = session::Entity::find_by_id((node, number)).one(app.store.db()).await?;
     known.ok_or_else(missing)?;
-    ask(&app, &caller, node, "end_session", number, &id).await
+    ask(&app, &caller, node, Command::EndSession, number, &id).await
 }
 
 /// End all sessions of a user, on all nodes.
@@ -163,7 +162,7 @@ async fn kick(
 async fn kick_user(State(app): State<App>, Admin(caller): Admin, Id(id): Id) -> Result<StatusCode> {
     let user = user::Entity::find_by_id(id).one(app.store.db()).await?;
     let user = user.ok_or_else(|| Problem::missing("user"))?;
-    ask(&app, &caller, 0, "end_user", id, &user.name).await
+    ask(&app, &caller, 0, Command::EndUser, id, &user.name).await
 }
 
 /// Leaves a command for whichever control plane has the node; node 0 is all.
@@ -171,24 +170,19 @@ pub(super) async fn ask(
     app: &App,
     caller: &Caller,
     node: i64,
-    kind: &'static str,
+    command: Command,
     argument: i64,
     subject: &str,
 ) -> Result<StatusCode> {
     let edit = app.store.edit(caller.actor()).await?;
     let db = edit.db();
-    let row = command::ActiveModel {
-        node_id: Set(node),
-        kind: Set(kind.to_owned()),
-        argument: Set(argument),
-        at: Set(now()),
-        ..Default::default()
-    };
+    let row = command.row(node, argument);
     command::Entity::insert(row).exec_without_returning(db).await?;
-    let action = match kind {
-        "end_session" => "online.end_session",
-        "end_user" => "online.end_user",
-        _ => "node.drain",
+    let action = match command {
+        Command::EndSession => "online.end_session",
+        Command::EndUser => "online.end_user",
+        Command::Drain => "node.drain",
+        Command::TakeBack => "node.take_back",
     };
     edit.commit(Change::new(action, subject)).await?;
 

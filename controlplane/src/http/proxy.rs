@@ -14,7 +14,7 @@ use super::{
     users::time_text,
 };
 use crate::store::{
-    Change,
+    Change, Command,
     entity::{heartbeat, node},
     now,
 };
@@ -127,7 +127,7 @@ async fn enrol(
 
 /// Give a node another identity; the one before is worthless at once.
 #[utoipa::path(post, path = "/proxy/nodes/{id}/identity", tag = "proxy", params(("id" = String, Path)),
-    responses((status = 200, body = Enrolled), (status = 401, body = Problem), (status = 403, body = Problem), (status = 404, body = Problem), (status = 503, body = Problem)))]
+    responses((status = 200, body = Enrolled), (status = 401, body = Problem), (status = 403, body = Problem), (status = 404, body = Problem), (status = 409, body = Problem), (status = 503, body = Problem)))]
 async fn identity(
     State(app): State<App>,
     Admin(caller): Admin,
@@ -137,6 +137,10 @@ async fn identity(
     let db = edit.db();
     let row = node::Entity::find_by_id(id).one(db).await?;
     let row = row.ok_or_else(|| Problem::missing("node"))?;
+    if row.status != "active" {
+        let detail = "the node was revoked; enrol one of another name";
+        return Err(Problem::new(StatusCode::CONFLICT, detail));
+    }
     let issued = app.authority.node(&row.name).map_err(|_| Problem::no_key())?;
     let name = row.name.clone();
     let mut row = row.into_active_model();
@@ -189,7 +193,7 @@ async fn revoke(State(app): State<App>, Admin(caller): Admin, Id(id): Id) -> Res
 async fn drain(State(app): State<App>, Admin(caller): Admin, Id(id): Id) -> Result<StatusCode> {
     let row = node::Entity::find_by_id(id).one(app.store.db()).await?;
     let row = row.ok_or_else(|| Problem::missing("node"))?;
-    ask(&app, &caller, id, "drain", 0, &row.name).await
+    ask(&app, &caller, id, Command::Drain, 0, &row.name).await
 }
 
 /// How the proxies are.

@@ -7,9 +7,7 @@ use axum::{
     extract::State,
     response::sse::{Event, Sse},
 };
-use sea_orm::{
-    ColumnTrait, ConnectionTrait, DbErr, EntityTrait, QueryFilter, QueryOrder, Statement,
-};
+use sea_orm::{ColumnTrait, ConnectionTrait, DbErr, EntityTrait, QueryFilter, QueryOrder};
 use serde::Serialize;
 use tokio::sync::mpsc;
 use tokio_stream::{Stream, wrappers::ReceiverStream};
@@ -20,6 +18,7 @@ use super::{Admin, App, Caller, Problem, problem::Result};
 use crate::{
     calendar::Calendar,
     store::{entity::heartbeat, now},
+    usage::sums,
 };
 
 const SECOND: Duration = Duration::from_secs(1);
@@ -62,10 +61,11 @@ async fn summary(State(app): State<App>, caller: Caller) -> Result<Json<Summary>
     let since = |start: i64| format!("traffic_logs WHERE at >= {start}{whose}");
     let db = app.store.db();
     let calendar = Calendar::load(db).await?;
+    let of = async |rows: String| sums(db, &rows).await.map(|[up, down]| Sums { up, down });
     Ok(Json(Summary {
-        today: sums(db, &since(calendar.start(Some("day")))).await?,
-        month: sums(db, &since(calendar.start(Some("month")))).await?,
-        total: sums(db, &format!("user_usage WHERE period = 0{whose}")).await?,
+        today: of(since(calendar.start(Some("day")))).await?,
+        month: of(since(calendar.start(Some("month")))).await?,
+        total: of(format!("user_usage WHERE period = 0{whose}")).await?,
     }))
 }
 
@@ -135,17 +135,4 @@ async fn present(db: &impl ConnectionTrait) -> std::result::Result<Now, DbErr> {
         }
     }
     Ok(all)
-}
-
-async fn sums(db: &impl ConnectionTrait, rows: &str) -> std::result::Result<Sums, DbErr> {
-    // MySQL's sums are decimals.
-    let sql = format!(
-        "SELECT CAST(COALESCE(SUM(up), 0) AS SIGNED) AS up, \
-         CAST(COALESCE(SUM(down), 0) AS SIGNED) AS down FROM {rows}"
-    );
-    let row = db.query_one_raw(Statement::from_string(db.get_database_backend(), sql)).await?;
-    match row {
-        Some(row) => Ok(Sums { up: row.try_get("", "up")?, down: row.try_get("", "down")? }),
-        None => Ok(Sums { up: 0, down: 0 }),
-    }
 }

@@ -90,7 +90,7 @@ table!(
 );
 table!(
     /// What was applied of each boot of a node.
-    report = "reports", false: node_id: i64, boot: i64; sequence: i64, uncertain: i64
+    report = "reports", false: node_id: i64, boot: i64; sequence: i64, uncertain: i64, ended: bool
 );
 table!(
     /// The sums of a boot, as last reported.

@@ -216,7 +216,13 @@ fn tables() -> Vec<TableCreateStatement> {
         // What has been applied of each boot of a node.
         table(
             "reports",
-            &[("node_id", Number), ("boot", Number), ("sequence", Number), ("uncertain", Number)],
+            &[
+                ("node_id", Number),
+                ("boot", Number),
+                ("sequence", Number),
+                ("uncertain", Number),
+                ("ended", Flag),
+            ],
             &["node_id", "boot"],
         ),
         table(

@@ -229,7 +229,12 @@ fn a_node_of_another_host_shows_its_identity() {
         let (ok, other) = planes.command(&["node", "add", "other"], "");
         assert!(ok, "{other}");
         let stranger = planes.node_afar("stranger", &other);
-        assert!(stranger.program.await_line("no control plane").contains("no node stranger"));
+        assert!(
+            stranger
+                .program
+                .await_line("no control plane")
+                .contains("not the identity of node stranger")
+        );
         drop(stranger);
         assert_eq!(planes.ask("POST", "/proxy/nodes", Some(&json!({ "name": "other" }))).0, 409);
 
@@ -237,7 +242,7 @@ fn a_node_of_another_host_shows_its_identity() {
         let id = enrolled["node"]["id"].as_str().unwrap();
         let renewed = planes.must("POST", &format!("/proxy/nodes/{id}/identity"), Value::Null);
         assert!(node.program.await_line("no control plane").contains("closed"));
-        assert!(node.program.await_line("no control plane").contains("not the identity"));
+        assert!(node.program.await_line("no control plane").contains("was replaced"));
         ping(&mut stream).unwrap();
         drop((stream, node));
         let node = planes.node_afar("afar", renewed["identity"].as_str().unwrap());
@@ -294,7 +299,7 @@ fn a_node_says_what_it_would_decide() {
             (&json!("moved"), &json!(["192.0.2.9:81"]))
         );
         assert_eq!(test("9.9.9.9:443")["allowed"], true);
-        assert_eq!(test("127.0.0.1:22")["reason"], "internal");
+        assert_eq!(test("10.0.0.1:22")["reason"], "internal");
         assert_eq!(test(&node.proxy.to_string())["reason"], "own_listener");
         await_some("filter", || (test("x.ads.example:80")["reason"] == "filter").then_some(()));
         let filtered = |target: &str| {

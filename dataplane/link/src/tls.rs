@@ -1,7 +1,8 @@
 //! The link over TCP: mutual TLS 1.3, where both sides know one authority that vouches for nobody else.
 
-use std::{io, sync::Arc};
+use std::{io, sync::Arc, time::Duration};
 
+use socket2::{SockRef, TcpKeepalive};
 use tokio::net::TcpStream;
 use tokio_rustls::{
     TlsAcceptor, TlsConnector,
@@ -65,6 +66,19 @@ impl Identity {
     }
 }
 
+/// A socket that notices within 20 s that the other side is not there any more.
+fn watchful(stream: TcpStream) -> io::Result<TcpStream> {
+    stream.set_nodelay(true)?;
+    let socket = SockRef::from(&stream);
+    let probes = TcpKeepalive::new()
+        .with_time(Duration::from_secs(10))
+        .with_interval(Duration::from_secs(5))
+        .with_retries(2);
+    socket.set_tcp_keepalive(&probes)?;
+    socket.set_tcp_user_timeout(Some(Duration::from_secs(20)))?;
+    Ok(stream)
+}
+
 /// Connects as a node.
 #[derive(Clone)]
 pub struct Connector(TlsConnector);
@@ -89,7 +103,7 @@ impl Connector {
     /// # Errors
     /// The other side is no control plane of this authority, or does not know this one.
     pub async fn connect(&self, stream: TcpStream) -> io::Result<ClientStream<TcpStream>> {
-        stream.set_nodelay(true)?;
+        let stream = watchful(stream)?;
         let name = ServerName::try_from(SERVER_NAME).map_err(io::Error::other)?;
         self.0.connect(name, stream).await
     }
@@ -125,8 +139,7 @@ impl Acceptor {
         &self,
         stream: TcpStream,
     ) -> io::Result<(ServerStream<TcpStream>, Vec<u8>)> {
-        stream.set_nodelay(true)?;
-        let stream = self.0.accept(stream).await?;
+        let stream = self.0.accept(watchful(stream)?).await?;
         let shown = stream.get_ref().1.peer_certificates().and_then(<[_]>::first);
         let shown = shown.ok_or_else(|| io::Error::other("no certificate"))?.to_vec();
         Ok((stream, shown))

@@ -29,6 +29,8 @@ pub struct Lease {
     /// Less than this left: it is time to ask for more.
     low: AtomicI64,
     asked: AtomicBool,
+    /// When ([`crate::policy::clock`]) it may be asked for again.
+    ask_after: AtomicU64,
     /// Until when ([`crate::policy::clock`]) it is known that no more will come.
     spent: AtomicU64,
 }
@@ -42,6 +44,8 @@ pub struct Reserved {
 
 /// How long an answer that the quota is spent holds, in nanoseconds; then it is asked for again.
 const SPENT: u64 = 1_000_000_000;
+/// The same of an answer that others hold what is left.
+const ELSEWHERE: u64 = 300_000_000;
 
 impl Lease {
     /// Of a user who is not metered.
@@ -53,6 +57,7 @@ impl Lease {
             limit: AtomicU64::new(0),
             low: AtomicI64::new(0),
             asked: AtomicBool::new(false),
+            ask_after: AtomicU64::new(0),
             spent: AtomicU64::new(0),
         })
     }
@@ -72,6 +77,7 @@ impl Lease {
         self.limit.store(0, Relaxed);
         self.low.store(0, Relaxed);
         self.spent.store(0, Relaxed);
+        self.ask_after.store(0, Relaxed);
         self.asked.store(false, Relaxed);
         self.epoch.store(epoch.wrapping_add(1), Release);
     }
@@ -140,10 +146,12 @@ impl Lease {
         self.limit.load(Relaxed)
     }
 
-    /// No more will come for a while.
-    pub fn set_spent(&self, now: u64) {
-        self.spent.store(now + SPENT, Relaxed);
-        self.low.store(0, Relaxed);
+    /// No more will come for a while: none at all, or none before others have given some back.
+    pub fn set_refused(&self, spent: bool, now: u64) {
+        if spent {
+            self.spent.store(now + SPENT, Relaxed);
+        }
+        self.ask_after.store(now + if spent { SPENT } else { ELSEWHERE }, Relaxed);
         self.asked.store(false, Release);
     }
 
@@ -183,8 +191,12 @@ impl Told {
 }
 
 impl Reserved {
-    /// Some of it was moved; says how much of `bytes` had been reserved.
-    pub fn moved(&mut self, bytes: u64) -> u64 {
+    /// Some of it was moved; says how much of `bytes` had been reserved since the lease is what it is.
+    pub fn moved(&mut self, bytes: u64, lease: &Lease) -> u64 {
+        if self.bytes == 0 || lease.epoch() != Some(self.epoch) {
+            self.bytes = 0;
+            return 0;
+        }
         let covered = self.bytes.min(bytes);
         self.bytes -= covered;
         covered
@@ -210,9 +222,9 @@ impl Default for Wanted {
 }
 
 impl Wanted {
-    /// Asks for more, unless that was done already.
-    pub fn ask(&self, lease: &Arc<Lease>) {
-        if lease.asked.swap(true, AcqRel) {
+    /// Asks for more, unless that was done already, or the answer is known.
+    pub fn ask(&self, lease: &Arc<Lease>, now: u64) {
+        if now < lease.ask_after.load(Relaxed) || lease.asked.swap(true, AcqRel) {
             return;
         }
         if self.leases.push(lease.clone()).is_err() {
@@ -263,7 +275,7 @@ mod tests {
                     while lease.reserve(777, &mut reserved) > 0 {
                         let some = reserved.bytes().div_ceil(2);
                         moved += some;
-                        told.settle(moved, reserved.moved(some));
+                        told.settle(moved, reserved.moved(some, &lease));
                         lease.give_back(reserved.bytes(), &mut reserved);
                     }
                     moved
@@ -286,7 +298,7 @@ mod tests {
         told.settle(600, 0);
         lease.set_limit(1_000);
         assert_eq!(lease.reserve(1_000, &mut reserved), 400);
-        told.settle(1_050, reserved.moved(450));
+        told.settle(1_050, reserved.moved(450, &lease));
         assert_eq!((lease.reserve(1, &mut reserved), reserved.bytes()), (0, 0));
         lease.set_limit(1_060);
         assert_eq!(lease.reserve(1_000, &mut reserved), 10);
@@ -317,11 +329,17 @@ mod tests {
     #[test]
     fn it_is_asked_for_once() {
         let (lease, wanted) = (metered(0), Wanted::default());
-        wanted.ask(&lease);
-        wanted.ask(&lease);
+        wanted.ask(&lease, 1);
+        wanted.ask(&lease, 1);
         assert_eq!(wanted.take().len(), 1);
         lease.set_limit(10);
-        wanted.ask(&lease);
+        wanted.ask(&lease, 1);
+        assert_eq!(wanted.take().len(), 1);
+        lease.set_refused(true, 1);
+        wanted.ask(&lease, SPENT);
+        assert_eq!(wanted.take().len(), 0);
+        assert!(lease.is_spent(SPENT) && !lease.is_spent(SPENT + 1));
+        wanted.ask(&lease, SPENT + 1);
         assert_eq!(wanted.take().len(), 1);
     }
 }

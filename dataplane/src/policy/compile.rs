@@ -210,7 +210,9 @@ impl Compiler {
             groups: user.groups.iter().map(|name| stable_hash(name)).collect(),
             sources: limits.source_addresses.clone().map(NetSet::new),
             egress: limits.egress_address,
-            shared: known.map_or_else(|| Arc::new(UserUse::new(id)), |known| known.shared.clone()),
+            shared: known
+                .filter(|known| known.id == id)
+                .map_or_else(|| Arc::new(UserUse::new(id)), |known| known.shared.clone()),
             fingerprint: fingerprint(user),
             limits,
         })

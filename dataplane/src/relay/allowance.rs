@@ -15,7 +15,7 @@ const SLICE: Duration = Duration::from_millis(250);
 /// How often a lease is looked at that has nothing left.
 const LEASE_LOOK: Duration = Duration::from_millis(10);
 /// How long the control plane may take to grant more, in nanoseconds; then the quota counts as spent.
-const LEASE_WAIT: u64 = 2_000_000_000;
+const LEASE_WAIT: u64 = 10_000_000_000;
 
 /// Asked before each receive: by what the session's user may use, and by what all may use together.
 #[derive(Debug)]
@@ -101,13 +101,13 @@ impl Allowance {
             let mut reserved = self.reserved.get();
             let granted = user.lease.reserve(want, &mut reserved);
             self.reserved.set(reserved);
+            let now = clock();
             if user.lease.is_low() {
-                self.wanted.ask(&user.lease);
+                self.wanted.ask(&user.lease, now);
             }
             if granted > 0 {
                 return Ok(granted);
             }
-            let now = clock();
             if user.lease.is_spent(now) || now - began > LEASE_WAIT {
                 return Err(Stopped(Cause::QuotaSpent.code()));
             }
@@ -128,8 +128,9 @@ impl Allowance {
     /// Says that bytes were moved; returns how many of them the lease had reserved.
     #[inline]
     pub fn moved(&self, bytes: usize) -> u64 {
+        let Some(user) = &self.user else { return 0 };
         let mut reserved = self.reserved.get();
-        let covered = reserved.moved(bytes as u64);
+        let covered = reserved.moved(bytes as u64, &user.lease);
         self.reserved.set(reserved);
         covered
     }

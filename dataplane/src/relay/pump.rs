@@ -186,16 +186,7 @@ impl Pump<'_> {
         let early = self.from.take_early();
         let mut rest = &early[..];
         while !rest.is_empty() {
-            let want = rest.len().min(BUFFER_SMALL);
-            let allowance = self.context().allowance;
-            let granted = allowance
-                .reserve(self.direction, want, self.context().watch)
-                .await
-                .map_err(Cut::stopped)?;
-            let mut buffer = Buffer::small();
-            buffer.room()[..granted].copy_from_slice(&rest[..granted]);
-            buffer.fill(granted);
-            rest = &rest[granted..];
+            let buffer = self.allowed(&mut rest).await?;
             if self.forward(buffer).await? == Flow::Ended {
                 let mut left = self.from.take_early();
                 left.extend_from_slice(rest);
@@ -330,13 +321,25 @@ impl Pump<'_> {
 
     /// Sends bytes of our own, such as a rewritten head.
     async fn send_own(&self, bytes: &[u8]) -> Result<(), Cut> {
-        for piece in bytes.chunks(BUFFER_SMALL) {
-            let mut buffer = Buffer::small();
-            buffer.room()[..piece.len()].copy_from_slice(piece);
-            buffer.fill(piece.len());
+        let mut rest = bytes;
+        while !rest.is_empty() {
+            let buffer = self.allowed(&mut rest).await?;
             self.send(buffer).await?;
         }
         Ok(())
+    }
+
+    /// As many bytes from the head of `rest` as may be moved now.
+    async fn allowed(&self, rest: &mut &[u8]) -> Result<Buffer, Cut> {
+        let (allowance, watch) = (self.context().allowance, self.context().watch);
+        let want = rest.len().min(BUFFER_SMALL);
+        let granted = allowance.reserve(self.direction, want, watch).await;
+        let (now, later) = rest.split_at(granted.map_err(Cut::stopped)?);
+        let mut buffer = Buffer::small();
+        buffer.room()[..now.len()].copy_from_slice(now);
+        buffer.fill(now.len());
+        *rest = later;
+        Ok(buffer)
     }
 
     async fn send(&self, buffer: Buffer) -> Result<(), Cut> {

@@ -364,8 +364,7 @@ pub struct LeaseGrant {
     pub leases: Vec<Lease>,
 }
 
-/// What one user may move. Less than before takes back what the node has not spent; the node answers
-/// with what it holds then ([`Usage::held`]).
+/// What one user may move.
 #[derive(Clone, PartialEq, Message)]
 pub struct Lease {
     /// The user.
@@ -377,6 +376,10 @@ pub struct Lease {
     /// The quota has nothing more to grant.
     #[prost(bool, tag = "3")]
     pub spent: bool,
+    /// No more than this is to be held, which grants nothing. The node answers with what it still holds
+    /// ([`Usage::held`]), and asks for no more before that is acknowledged.
+    #[prost(bool, tag = "4")]
+    pub taken_back: bool,
 }
 
 /// A request that nobody has made: what would be decided?

@@ -1,0 +1,202 @@
+//! A fleet that asks, moves, reports and gives back in any order.
+
+use std::collections::VecDeque;
+
+use sea_orm::ActiveModelTrait;
+
+use super::*;
+use crate::{
+    app, http,
+    store::{Command, entity},
+    usage,
+};
+
+const QUOTA: i64 = 50_000_000;
+
+/// What goes up, in order.
+enum Said {
+    Ask,
+    Report { moved: i64, held: Option<i64>, sequence: u64 },
+}
+
+/// A node, as `link::Follower` and `ledger::Lease` of the data plane behave, and its connection, as the
+/// `Hub` does.
+#[derive(Default)]
+struct Node {
+    boot: Boot,
+    limit: i64,
+    moved: i64,
+    held: Option<i64>,
+    sequence: u64,
+    up: VecDeque<Said>,
+    down: VecDeque<link::Lease>,
+    /// The plane has taken some back and waits to be told.
+    taken_back: bool,
+}
+
+impl Node {
+    fn report(&mut self) {
+        self.sequence += 1;
+        let (moved, held, sequence) = (self.moved, self.held, self.sequence);
+        self.up.push_back(Said::Report { moved, held, sequence });
+    }
+
+    fn ask(&mut self) {
+        if self.held.is_none() {
+            self.up.push_back(Said::Ask);
+        }
+    }
+
+    fn heard(&mut self, lease: &link::Lease) {
+        let limit = lease.limit.cast_signed();
+        if lease.taken_back {
+            self.limit = self.limit.min(limit).max(self.moved);
+            self.held = Some(self.limit);
+        } else if self.held.is_none() {
+            self.limit = self.limit.max(limit);
+        }
+    }
+}
+
+struct Fleet {
+    store: Store,
+    user: i64,
+    nodes: Vec<Node>,
+    command: i64,
+    _folder: tempfile::TempDir,
+}
+
+impl Fleet {
+    async fn new(nodes: usize) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let store = Store::connect(&crate::store::sqlite_url(folder.path()), 1).await.unwrap();
+        store.migrate().await.unwrap();
+        let mut row = app::new_user("ann", "-", "user");
+        row.quota_bytes = Set(Some(QUOTA));
+        row.quota_period = Set(Some("total".into()));
+        let user = row.insert(store.db()).await.unwrap().id;
+        let mut fleet = Self { store, user, nodes: Vec::new(), command: 0, _folder: folder };
+        for number in 0..nodes {
+            let mut row = http::new_node(&format!("node {number}"), "");
+            row.seen_at = Set(Some(now() + 3_600_000_000));
+            let id = row.insert(fleet.store.db()).await.unwrap().id;
+            fleet.nodes.push(Node { boot: (id, 7), ..Node::default() });
+        }
+        fleet
+    }
+
+    /// The plane takes in the next of what a node has said.
+    async fn hear(&mut self, node: usize) {
+        let (store, user, node) = (&self.store, self.user, &mut self.nodes[node]);
+        match node.up.pop_front() {
+            Some(Said::Ask) if !node.taken_back => {
+                let granted = grant(store, node.boot, &[user.cast_unsigned()]).await.unwrap();
+                node.down.extend(granted.leases);
+            }
+            Some(Said::Report { moved, held, sequence }) => {
+                let said = link::Usage {
+                    user: user.cast_unsigned(),
+                    up: moved.cast_unsigned(),
+                    down: 0,
+                    held: held.map(i64::cast_unsigned),
+                };
+                let said = link::Report {
+                    boot: node.boot.1.cast_unsigned(),
+                    sequence,
+                    users: vec![said],
+                    ..link::Report::default()
+                };
+                usage::apply(store, node.boot.0, &said).await.unwrap();
+                node.taken_back &= held.is_none();
+                // The acknowledgement; it comes after what was sent before.
+                if held.is_some() && node.held == held && node.down.is_empty() {
+                    node.held = None;
+                }
+            }
+            _ => {}
+        }
+    }
+
+    /// The plane passes on what was asked of nodes.
+    async fn pass_on(&mut self) {
+        let rows = entity::command::Entity::find()
+            .filter(entity::command::Column::Id.gt(self.command))
+            .all(self.store.db())
+            .await
+            .unwrap();
+        for row in rows {
+            self.command = self.command.max(row.id);
+            assert_eq!(Command::of(&row), Some(Command::TakeBack));
+            let node = self.nodes.iter_mut().find(|node| node.boot.0 == row.node_id).unwrap();
+            let lower =
+                take_back(&self.store, node.boot, row.argument.cast_unsigned()).await.unwrap();
+            if !lower.leases.is_empty() && !std::mem::replace(&mut node.taken_back, true) {
+                node.down.extend(lower.leases);
+            }
+        }
+    }
+
+    fn moved(&self) -> i64 {
+        self.nodes.iter().map(|node| node.moved).sum()
+    }
+}
+
+/// xorshift: the same each time.
+struct Dice(u64);
+
+impl Dice {
+    fn below(&mut self, bound: u64) -> u64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        self.0 % bound
+    }
+}
+
+#[tokio::test]
+async fn no_order_of_messages_gives_a_byte_twice() {
+    for seed in 1..=6 {
+        let mut fleet = Fleet::new(4).await;
+        let mut dice = Dice(0x9e37_79b9_7f4a_7c15_u64.wrapping_mul(seed));
+        for _ in 0..600 {
+            let node = dice.below(4) as usize;
+            match dice.below(8) {
+                0 | 1 => {
+                    let node = &mut fleet.nodes[node];
+                    let left = (node.limit - node.moved).max(0);
+                    node.moved += dice.below(left.unsigned_abs() / 2 + 1).cast_signed();
+                }
+                2 => fleet.nodes[node].report(),
+                3 => fleet.nodes[node].ask(),
+                4 | 5 => fleet.hear(node).await,
+                6 => {
+                    if let Some(lease) = fleet.nodes[node].down.pop_front() {
+                        fleet.nodes[node].heard(&lease);
+                    }
+                }
+                _ => fleet.pass_on().await,
+            }
+            let moved = fleet.moved();
+            assert!(moved <= QUOTA, "seed {seed}: {moved}");
+        }
+        // One that goes on alone gets all that the others have not moved.
+        for _ in 0..200 {
+            let node = &mut fleet.nodes[0];
+            node.moved = node.moved.max(node.limit);
+            for node in &mut fleet.nodes {
+                while let Some(lease) = node.down.pop_front() {
+                    node.heard(&lease);
+                }
+                node.report();
+            }
+            fleet.nodes[0].ask();
+            for node in 0..4 {
+                while !fleet.nodes[node].up.is_empty() {
+                    fleet.hear(node).await;
+                }
+            }
+            fleet.pass_on().await;
+        }
+        assert_eq!(fleet.moved(), QUOTA, "seed {seed}");
+    }
+}
