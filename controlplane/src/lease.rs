@@ -213,10 +213,10 @@ pub async fn take_back(store: &Store, boot: Boot, user: u64) -> Result<link::Lea
 pub async fn trim(
     store: &Store,
     boot: Boot,
-    users: Option<Vec<u64>>,
+    users: Option<&[u64]>,
 ) -> Result<link::LeaseGrant, DbErr> {
     let users = match users {
-        Some(users) => users.into_iter().map(u64::cast_signed).collect(),
+        Some(users) => users.iter().map(|user| user.cast_signed()).collect(),
         None => {
             let of_boot = lease::Entity::find()
                 .filter(lease::Column::NodeId.eq(boot.0))

@@ -27,7 +27,8 @@ use tokio::{
 };
 
 use crate::{
-    http, lease, publish,
+    http, lease,
+    publish::{News, Publisher},
     store::{
         Actor, Change, Command, ROWS, Store,
         entity::{command as asked, heartbeat, node, session},
@@ -59,6 +60,7 @@ type Peer = culvert_link::Peer<Up, Down>;
 
 /// The nodes that are connected here.
 pub struct Hub {
+    publisher: Publisher,
     store: Store,
     look: watch::Sender<u64>,
     connected: AtomicUsize,
@@ -87,6 +89,7 @@ impl Hub {
     /// A hub for a database.
     pub fn new(store: Store) -> Arc<Self> {
         Arc::new(Self {
+            publisher: Publisher::new(store.clone()),
             store,
             look: watch::Sender::new(0),
             connected: AtomicUsize::new(0),
@@ -343,9 +346,10 @@ impl Hub {
                 _ = changed.changed() => { due.get_or_insert(Instant::now() + COALESCE); }
                 () = sleep_until(due) => {
                     due = None;
-                    let changed_users;
-                    (known, changed_users) = self.send_changes(peer, known).await?;
-                    let lowered = lease::trim(&self.store, node.key(), changed_users).await?;
+                    let news = self.send_changes(peer, known).await?;
+                    known = news.generation;
+                    let users = news.metered.as_deref();
+                    let lowered = lease::trim(&self.store, node.key(), users).await?;
                     self.take_back(peer, node, lowered).await?;
                 }
                 _ = looked.changed() => { last_command = self.command(peer, node, last_command).await?; }
@@ -377,32 +381,16 @@ impl Hub {
         self.questions.lock().ok()?.pop_front()
     }
 
-    /// Brings a node from one generation to the present one. Returns that, and whose quotas may be others
-    /// now; `None` is all.
-    async fn send_changes(
-        &self,
-        peer: &mut Peer,
-        known: u64,
-    ) -> Result<(u64, Option<Vec<u64>>), Gone> {
+    /// Brings a node from one generation to the present one, and says what it was told.
+    async fn send_changes(&self, peer: &mut Peer, known: u64) -> Result<Arc<News>, Gone> {
         let began = Instant::now();
         loop {
-            let tried = async {
-                if known > 0
-                    && let Some(delta) = publish::delta(&self.store, known).await?
-                {
-                    let metered = delta.upserts.iter().filter(|user| user.metered);
-                    let metered = Some(metered.map(|user| user.id).collect());
-                    return Ok((delta.generation, metered, down::Body::Delta(delta)));
-                }
-                let snapshot = publish::snapshot(&self.store).await?;
-                Ok((snapshot.generation, None, down::Body::Snapshot(snapshot)))
-            };
-            match tried.await {
-                Ok((generation, users, body)) => {
-                    if generation != known {
-                        peer.send(body).await?;
+            match self.publisher.news(known).await {
+                Ok(news) => {
+                    if news.generation != known {
+                        peer.send_frame(&news.frame).await?;
                     }
-                    return Ok((generation, users));
+                    return Ok(news);
                 }
                 Err(error) if began.elapsed() > PATIENCE => return Err(Gone::Database(error)),
                 Err(_) => tokio::time::sleep(COALESCE).await,

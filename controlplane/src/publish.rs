@@ -1,12 +1,19 @@
 //! From the database to what nodes follow: whole snapshots, and what changed since a generation.
 
-use std::collections::{BTreeSet, HashMap};
+use std::{
+    collections::{BTreeSet, HashMap},
+    sync::Arc,
+};
 
-use culvert_api::{link, policy::Policy};
+use culvert_api::{
+    link::{self, Down, down, encode},
+    policy::Policy,
+};
 use sea_orm::{
     ColumnTrait, ConnectionTrait, DbErr, EntityTrait, QueryFilter, QueryOrder, QuerySelect,
     TransactionTrait,
 };
+use tokio::sync::Mutex;
 
 use crate::{
     calendar::Calendar,
@@ -19,8 +26,74 @@ use crate::{
 
 /// Changed users beyond which a whole snapshot is sent.
 const DELTA_MAX: usize = 20_000;
+/// Generations from which nodes come at once.
+const NEWS_MAX: usize = 64;
 /// Users read by one query.
 const PART: usize = 5_000;
+
+/// What brings a node from one generation to a later one; the same for all that have the one.
+pub struct News {
+    /// Where it leads.
+    pub generation: u64,
+    /// Whose quotas may be others now; `None` is all.
+    pub metered: Option<Vec<u64>>,
+    /// The message for the node, encoded.
+    pub frame: Vec<u8>,
+}
+
+/// Tells many nodes the same news.
+pub struct Publisher {
+    store: Store,
+    /// By the generation a node has; 0 is none.
+    news: Mutex<HashMap<u64, Arc<News>>>,
+}
+
+impl Publisher {
+    /// For a database.
+    pub fn new(store: Store) -> Self {
+        Self { store, news: Mutex::default() }
+    }
+
+    /// What a node is to be told that has a generation; 0 is none.
+    ///
+    /// # Errors
+    /// The database fails.
+    pub async fn news(&self, known: u64) -> Result<Arc<News>, DbErr> {
+        // Whoever comes meanwhile waits for what is read now.
+        let mut news = self.news.lock().await;
+        let present = self.store.known_generation();
+        news.retain(|_, news| news.generation >= present);
+        if let Some(same) = news.get(&known) {
+            return Ok(same.clone());
+        }
+        if known > 0
+            && let Some(delta) = delta(&self.store, known).await?
+        {
+            let metered = delta.upserts.iter().filter(|user| user.metered).map(|user| user.id);
+            let (generation, metered) = (delta.generation, Some(metered.collect()));
+            let told =
+                Arc::new(News { generation, metered, frame: frame(down::Body::Delta(delta)) });
+            if news.len() < NEWS_MAX {
+                news.insert(known, told.clone());
+            }
+            return Ok(told);
+        }
+        if let Some(whole) = news.get(&0) {
+            return Ok(whole.clone());
+        }
+        let whole = snapshot(&self.store).await?;
+        let (generation, frame) = (whole.generation, frame(down::Body::Snapshot(whole)));
+        let whole = Arc::new(News { generation, metered: None, frame });
+        news.insert(0, whole.clone());
+        Ok(whole)
+    }
+}
+
+fn frame(body: down::Body) -> Vec<u8> {
+    let mut frame = Vec::new();
+    encode(&Down::from(body), &mut frame);
+    frame
+}
 
 /// Says at once what a node would say of a policy.
 ///
@@ -53,10 +126,7 @@ pub async fn members(db: &impl ConnectionTrait, group: &str) -> Result<Vec<i64>,
 }
 
 /// A whole snapshot.
-///
-/// # Errors
-/// The database fails.
-pub async fn snapshot(store: &Store) -> Result<link::Snapshot, DbErr> {
+async fn snapshot(store: &Store) -> Result<link::Snapshot, DbErr> {
     let db = store.db().begin().await?;
     let generation = generation(&db).await?;
     let policy = policy(&db).await?;
@@ -79,10 +149,7 @@ pub async fn snapshot(store: &Store) -> Result<link::Snapshot, DbErr> {
 }
 
 /// What changed since a generation; `None` when a whole snapshot is the shorter way.
-///
-/// # Errors
-/// The database fails.
-pub async fn delta(store: &Store, base: u64) -> Result<Option<link::Delta>, DbErr> {
+async fn delta(store: &Store, base: u64) -> Result<Option<link::Delta>, DbErr> {
     let db = store.db().begin().await?;
     let generation = generation(&db).await?;
     let changes = change::Entity::find()

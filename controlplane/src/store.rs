@@ -221,6 +221,11 @@ impl Store {
         self.changed.subscribe()
     }
 
+    /// The newest generation this process knows of.
+    pub fn known_generation(&self) -> u64 {
+        self.changed.borrow().cast_unsigned()
+    }
+
     /// Looks whether another control plane made a generation.
     ///
     /// # Errors

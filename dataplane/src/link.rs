@@ -44,10 +44,14 @@ const REPORT: Duration = Duration::from_secs(1);
 const HEARTBEAT: Duration = Duration::from_secs(5);
 /// The control plane answers a hello within this time.
 const WELCOME: Duration = Duration::from_secs(5);
+/// A report that is not acknowledged for so long never will be.
+const SILENT: Duration = Duration::from_secs(20);
 /// Pauses between two tries to connect.
 const PAUSE: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(2));
 /// Records sent at once.
 const RECORDS: usize = 500;
+/// Records that may be on their way.
+const RECORDS_AHEAD: u64 = 4000;
 /// Users whose leases are asked for at once.
 const LEASES: usize = 500;
 /// When a lease that was not granted is asked for again: another node may have given some back.
@@ -106,6 +110,7 @@ struct Leases {
 
 /// A report that is not acknowledged yet.
 struct Sent {
+    at: Instant,
     sequence: u64,
     sums: Vec<(u64, Bytes)>,
     held: HashMap<u64, u64>,
@@ -296,7 +301,13 @@ impl Follower {
                             report.reset_immediately();
                         }
                     }
-                    Some(body) => self.heard(node, peer, body).await?,
+                    Some(body) => {
+                        let is_room = matches!(&body, down::Body::RecordAck(_));
+                        self.heard(node, peer, body).await?;
+                        if is_room {
+                            sent_record = self.send_records(peer, sent_record).await?;
+                        }
+                    }
                     None => {}
                 },
                 () = node.shared.wanted.wait(), if end == End::No => {
@@ -311,16 +322,14 @@ impl Follower {
                 }
                 _ = beat.tick() => self.beat(node, peer).await?,
                 _ = look.tick() => {
+                    if outstanding.as_ref().is_some_and(|sent| sent.at.elapsed() > SILENT) {
+                        return Err(Gone::Silent);
+                    }
                     // What is not answered has to wait for another node.
                     if end == End::No {
                         self.ask(node, peer).await?;
                     }
-                    let records = self.spool.after(sent_record, RECORDS)?;
-                    if let Some(last) = records.last() {
-                        sent_record = last.sequence;
-                        let records = link::Records { boot: self.boot, records };
-                        peer.send(up::Body::Records(records)).await?;
-                    }
+                    sent_record = self.send_records(peer, sent_record).await?;
                 }
                 () = self.ending.notified(), if end == End::No => {
                     end = End::Asked;
@@ -332,6 +341,18 @@ impl Follower {
                 return Err(Gone::Ended);
             }
         }
+    }
+
+    /// Sends records that were not sent yet, as far as there is room for more that are not acknowledged;
+    /// returns the last one that was sent.
+    async fn send_records(&self, peer: &mut Peer, mut sent: u64) -> Result<u64, Gone> {
+        while sent < self.spool.acknowledged() + RECORDS_AHEAD {
+            let records = self.spool.after(sent, RECORDS)?;
+            let Some(last) = records.last() else { break };
+            sent = last.sequence;
+            peer.send(up::Body::Records(link::Records { boot: self.boot, records })).await?;
+        }
+        Ok(sent)
     }
 
     /// What earlier boots left.
@@ -581,7 +602,7 @@ impl Follower {
             uncertain: 0,
         };
         peer.send(up::Body::Report(report)).await?;
-        Ok(Some(Sent { sequence, sums: users, held }))
+        Ok(Some(Sent { at: Instant::now(), sequence, sums: users, held }))
     }
 
     async fn beat(&self, node: &Arc<Node>, peer: &mut Peer) -> Result<(), Gone> {

@@ -1,5 +1,6 @@
 //! The load generator and the scenario runner: see `perf/README.md` for the method.
 
+mod control;
 mod load;
 mod peer;
 mod process;
@@ -32,6 +33,13 @@ struct Cli {
     /// The culvert program.
     #[arg(long, default_value = "target/release/culvert")]
     culvert: PathBuf,
+    /// Measure a control plane among 100,000 users instead: an edit until 200 nodes have it, a node's first
+    /// subscription, records into the database. The culvert-control program.
+    #[arg(long)]
+    control_plane: Option<PathBuf>,
+    /// The control plane's database, `mysql://…` with a socket; left out: SQLite.
+    #[arg(long)]
+    database: Option<String>,
     /// Rounds; medians are printed.
     #[arg(long, default_value_t = 5)]
     rounds: usize,
@@ -64,8 +72,11 @@ pub(crate) enum Scenario {
 fn main() -> anyhow::Result<()> {
     let cli = Cli::parse();
     process::raise_descriptor_limit();
-    let target = target::start()?;
     let folder = tempfile::tempdir()?;
+    if let Some(program) = &cli.control_plane {
+        return control::run(program, cli.database.as_deref(), cli.rounds, folder.path());
+    }
+    let target = target::start()?;
     for scenario in &cli.scenario {
         let mut report = Report::new(*scenario);
         let peers: Vec<Kind> =

@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 use crate::support::{Gate, Node, Planes, await_some, echo, on_each, on_server, pause};
 
 /// Moves bytes there and back in a session that ends in order; gives the bytes both ways.
-fn transfer(node: &Node, user: &str, target: SocketAddr, bytes: usize) -> u64 {
+pub(crate) fn transfer(node: &Node, user: &str, target: SocketAddr, bytes: usize) -> u64 {
     let mut stream = node.tunnel(user, target).unwrap();
     let mut writer = stream.try_clone().unwrap();
     let sender = thread::spawn(move || {

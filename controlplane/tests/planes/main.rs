@@ -5,5 +5,6 @@
 
 mod accounting;
 mod api;
+mod faults;
 mod policy;
 mod support;

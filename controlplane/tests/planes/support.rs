@@ -48,12 +48,11 @@ pub struct Program {
 
 impl Program {
     fn start(path: &Path, arguments: &[&str]) -> Self {
-        let mut child = Command::new(path)
-            .args(arguments)
-            .stdin(Stdio::null())
-            .stderr(Stdio::piped())
-            .spawn()
-            .unwrap();
+        Self::spawn(Command::new(path).args(arguments))
+    }
+
+    pub fn spawn(command: &mut Command) -> Self {
+        let mut child = command.stdin(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
         let (sender, lines) = mpsc::channel();
         let stderr = BufReader::new(child.stderr.take().unwrap());
         thread::spawn(move || {
@@ -76,6 +75,10 @@ impl Program {
                 Err(_) => panic!("no line with {part:?} in the log:\n{}", seen.join("\n")),
             }
         }
+    }
+
+    pub fn id(&self) -> u32 {
+        self.child.id()
     }
 
     pub fn kill(&mut self) {
@@ -211,6 +214,30 @@ impl Planes {
         Self { folder, control, api, link, token: String::new(), database }
     }
 
+    /// Starts one whose state directory is a disk of so many bytes of its own, at the same path.
+    pub fn start_on_disk(bytes: usize) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let dir = folder.path().join("control");
+        fs::create_dir(&dir).unwrap();
+        Self::configure(folder.path(), None, "");
+        let script =
+            format!("mount -t tmpfs -o size={bytes} none {} && exec \"$0\" \"$@\"", dir.display());
+        let mut command = Command::new("unshare");
+        command.args(["-r", "-m", "sh", "-c", &script, env!("CARGO_BIN_EXE_culvert-control")]);
+        let (control, [api, link]) =
+            Self::listening(Program::spawn(command.args(Self::serve(folder.path()))));
+        let planes = Self { folder, control, api, link, token: String::new(), database: None };
+        let password = fs::read_to_string(planes.on_disk("initial-admin")).unwrap();
+        let token = planes.login("admin", password.trim().split(' ').nth(1).unwrap()).unwrap();
+        Self { token, ..planes }
+    }
+
+    /// A file of the state directory as the control plane sees it.
+    pub fn on_disk(&self, name: &str) -> PathBuf {
+        let path = self.folder.path().join("control").join(name);
+        PathBuf::from(format!("/proc/{}/root{}", self.control.id(), path.display()))
+    }
+
     pub fn admin_password(&self) -> String {
         let file = self.folder.path().join("control/initial-admin");
         let password = fs::read_to_string(file).unwrap();
@@ -229,9 +256,16 @@ impl Planes {
     }
 
     fn start_control(folder: &Path) -> (Program, [SocketAddr; 2]) {
-        let config = folder.join("control.toml");
-        let program = Path::new(env!("CARGO_BIN_EXE_culvert-control"));
-        let control = Program::start(program, &["serve", "-c", config.to_str().unwrap()]);
+        let program = env!("CARGO_BIN_EXE_culvert-control");
+        Self::listening(Program::spawn(Command::new(program).args(Self::serve(folder))))
+    }
+
+    fn serve(folder: &Path) -> [String; 3] {
+        let config = folder.join("control.toml").to_str().unwrap().to_owned();
+        ["serve".to_owned(), "-c".to_owned(), config]
+    }
+
+    fn listening(control: Program) -> (Program, [SocketAddr; 2]) {
         let line = control.await_line("listening");
         let addresses = ["address=", "nodes="].map(|key| address_of(&line, key));
         (control, addresses)
@@ -321,7 +355,8 @@ impl Planes {
         self.node_by(name, &format!("connect = 'tls://{link}'\nidentity = '{file}'"))
     }
 
-    fn node_by(&self, name: &str, control: &str) -> Node {
+    /// Starts a node with the keys of its `[control]`.
+    pub fn node_by(&self, name: &str, control: &str) -> Node {
         let dir = self.folder.path().join(name);
         let config = self.folder.path().join(format!("{name}.toml"));
         let text = format!(

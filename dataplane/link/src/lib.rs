@@ -86,24 +86,35 @@ impl<In: Message + Default, Out: Message> Peer<In, Out> {
     /// # Errors
     /// The connection is over.
     pub async fn send(&mut self, message: impl Into<Out>) -> Result<(), LinkError> {
-        self.out.clear();
-        encode(&message.into(), &mut self.out);
-        let mut sent = 0;
-        while sent < self.out.len() {
-            let more = timeout(STUCK, poll_fn(|context| self.exchange(sent, context)));
-            sent += more.await.map_err(|_| LinkError::Stuck)??;
+        let mut frame = std::mem::take(&mut self.out);
+        frame.clear();
+        encode(&message.into(), &mut frame);
+        let sent = self.send_frame(&frame).await;
+        self.out = frame;
+        sent
+    }
+
+    /// Sends a message that is encoded already.
+    ///
+    /// # Errors
+    /// The connection is over.
+    pub async fn send_frame(&mut self, frame: &[u8]) -> Result<(), LinkError> {
+        let mut rest = frame;
+        while !rest.is_empty() {
+            let more = timeout(STUCK, poll_fn(|context| self.exchange(rest, context)));
+            rest = &rest[more.await.map_err(|_| LinkError::Stuck)??..];
         }
         let flushed = timeout(STUCK, poll_fn(|context| self.flush(context)));
         flushed.await.map_err(|_| LinkError::Stuck)?
     }
 
-    /// Sends some of what is from `sent` on, and receives while that waits.
+    /// Sends some of the bytes, and receives while that waits.
     fn exchange(
         &mut self,
-        sent: usize,
+        bytes: &[u8],
         context: &mut Context<'_>,
     ) -> Poll<Result<usize, LinkError>> {
-        let written = Pin::new(&mut self.stream).poll_write(context, &self.out[sent..]);
+        let written = Pin::new(&mut self.stream).poll_write(context, bytes);
         if let Poll::Ready(written) = written {
             return Poll::Ready(match written? {
                 0 => Err(io::Error::from(io::ErrorKind::WriteZero).into()),

@@ -161,6 +161,12 @@ impl Spool {
         self.inner.lock().is_ok_and(|inner| inner.waiting.is_empty())
     }
 
+    /// The last record that is acknowledged; 0 is none.
+    pub fn acknowledged(&self) -> u64 {
+        let Ok(inner) = self.inner.lock() else { return 0 };
+        inner.waiting.front().map_or(inner.last, |(first, _)| first - 1)
+    }
+
     /// Deletes an empty one.
     pub fn delete(&self) {
         if self.is_empty() {

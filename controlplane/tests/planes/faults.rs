@@ -1,0 +1,229 @@
+//! Faults of the link, the disk and the database: nothing is lost, nothing counted twice.
+
+use std::{
+    fs,
+    io::{Read, Write},
+    net::Shutdown,
+    os::unix::net::{UnixListener, UnixStream},
+    path::{Path, PathBuf},
+    process::Command,
+    sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed},
+    thread,
+    time::{Duration, Instant},
+};
+
+use culvert_api::link::{Decoder, Down, down, encode};
+use serde_json::{Value, json};
+
+use crate::{
+    accounting::transfer,
+    support::{Planes, await_some, echo, on_each, on_server, pause, ping},
+};
+
+/// A way between a node and the control plane on which acknowledgements are lost (with the connection, as
+/// a stream loses them), repeated and late.
+fn mangler(socket: PathBuf, path: &Path) {
+    let listener = UnixListener::bind(path).unwrap();
+    thread::spawn(move || {
+        let mut seed = 1;
+        for node in listener.incoming().flatten() {
+            let Ok(plane) = UnixStream::connect(&socket) else { continue };
+            seed += 1;
+            let (mut from, mut to) = (node.try_clone().unwrap(), plane.try_clone().unwrap());
+            thread::spawn(move || {
+                let _ = std::io::copy(&mut from, &mut to);
+                let _ = to.shutdown(Shutdown::Both);
+            });
+            thread::spawn(move || mangle(plane, node, seed));
+        }
+    });
+}
+
+fn mangle(mut from: UnixStream, mut to: UnixStream, seed: u64) {
+    let mut dice = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    let mut decoder = Decoder::default();
+    let mut bytes = vec![0; 64 * 1024];
+    let mut late: Option<Down> = None;
+    while let Ok(received @ 1..) = from.read(&mut bytes) {
+        decoder.push(&bytes[..received]);
+        while let Some(message) = decoder.take::<Down>().unwrap() {
+            let is_ack =
+                matches!(message.body, Some(down::Body::ReportAck(_) | down::Body::RecordAck(_)));
+            dice = dice.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+            let mut frames = vec![message];
+            match (dice >> 33) % 10 {
+                0..3 if is_ack => {
+                    let _ = to.shutdown(Shutdown::Both);
+                    let _ = from.shutdown(Shutdown::Both);
+                    return;
+                }
+                3..6 if is_ack => frames.push(frames[0].clone()),
+                6..8 if is_ack && late.is_none() => {
+                    late = frames.pop();
+                    continue;
+                }
+                _ => frames.extend(late.take()),
+            }
+            let mut out = Vec::new();
+            frames.iter().for_each(|frame| encode(frame, &mut out));
+            if to.write_all(&out).is_err() {
+                return;
+            }
+        }
+    }
+    let _ = to.shutdown(Shutdown::Both);
+}
+
+/// RELIABILITY D2.
+#[test]
+fn acknowledgements_may_be_lost_repeated_and_late() {
+    on_each(|planes| {
+        let way = planes.folder.path().join("mangled");
+        mangler(planes.folder.path().join("control/control.sock"), &way);
+        let node = planes.node_by("edge", &format!("connect = 'unix:{}'", way.display()));
+        let target = echo();
+        let id = planes.user("ann", json!({}));
+        await_some("tunnel", || node.tunnel("ann", target).ok());
+        let (mut moved, mut sessions) = (0, 1);
+        let began = Instant::now();
+        while began.elapsed() < Duration::from_secs(8) {
+            moved += transfer(&node, "ann", target, 1000 + sessions);
+            sessions += 1;
+            pause(Duration::from_millis(20));
+        }
+        await_some(&format!("{moved} bytes"), || (planes.used(&id) >= moved).then_some(()));
+        let logs = || {
+            planes.must("GET", &format!("/logs/access?user_id={id}"), Value::Null)["total"].as_u64()
+        };
+        await_some("records", || (logs() >= Some(sessions as u64)).then_some(()));
+        pause(Duration::from_millis(3000));
+        assert_eq!((planes.used(&id), logs()), (moved, Some(sessions as u64)));
+    });
+}
+
+/// RELIABILITY C4 and D1, under load: whenever the control plane is killed, no session notices, and in the
+/// end every byte is there once.
+#[test]
+fn the_control_plane_is_killed_under_load() {
+    on_each(|mut planes| {
+        let (node, target) = (planes.node("edge"), echo());
+        let id = planes.user("ann", json!({}));
+        let mut lasting = await_some("tunnel", || node.tunnel("ann", target).ok());
+        let (over, moved, sessions) =
+            (AtomicBool::new(false), AtomicU64::new(0), AtomicU64::new(1));
+        thread::scope(|scope| {
+            for size in [1, 700, 40_000, 300_000] {
+                let (node, over, moved, sessions) = (&node, &over, &moved, &sessions);
+                scope.spawn(move || {
+                    while !over.load(Relaxed) {
+                        moved.fetch_add(transfer(node, "ann", target, size), Relaxed);
+                        sessions.fetch_add(1, Relaxed);
+                    }
+                });
+            }
+            for wait in [130, 710, 390, 1570] {
+                pause(Duration::from_millis(wait));
+                planes.control.kill();
+                pause(Duration::from_millis(wait / 2));
+                planes.restart_control();
+            }
+            over.store(true, Relaxed);
+        });
+        ping(&mut lasting).unwrap();
+        let moved = moved.load(Relaxed) + 8;
+        await_some(&format!("{moved} bytes"), || (planes.used(&id) >= moved).then_some(()));
+        drop(lasting);
+        let (path, count) = (format!("/logs/access?user_id={id}"), sessions.load(Relaxed));
+        let logs = || planes.must("GET", &path, Value::Null)["total"].as_u64().unwrap();
+        await_some(&format!("{count} records"), || (logs() >= count).then_some(()));
+        pause(Duration::from_millis(1500));
+        assert_eq!((planes.used(&id), logs()), (moved, count));
+    });
+}
+
+/// RELIABILITY D8: the control plane's disk is full. Sessions go on, the API says so, nothing is lost, and
+/// when there is room again it goes on by itself.
+#[test]
+fn a_full_disk_is_told_and_survived() {
+    let planes = Planes::start_on_disk(16 << 20);
+    let socket = planes.on_disk("control.sock");
+    let node = planes.node_by("edge", &format!("connect = 'unix:{}'", socket.display()));
+    node.program.await_line("policy followed");
+    let target = echo();
+    let id = planes.user("ann", json!({}));
+    let mut stream = await_some("tunnel", || node.tunnel("ann", target).ok());
+    let mut moved = transfer(&node, "ann", target, 5000);
+    await_some("bytes", || (planes.used(&id) >= moved).then_some(()));
+
+    let filler = planes.on_disk("filler");
+    let mut file = fs::File::create(&filler).unwrap();
+    while file.write_all(&[0; 4096]).is_ok() {}
+    drop(file);
+    let status = |n: usize| {
+        let user = json!({ "name": format!("user {n}"), "password": "a long password", "comment": "x".repeat(900) });
+        planes.ask("POST", "/users", Some(&user)).0
+    };
+    let refused = (0..200).map(status).find(|status| *status != 201).unwrap();
+    assert_eq!(refused, 503);
+    for round in 0..50 {
+        moved += transfer(&node, "ann", target, 1000 + round);
+        ping(&mut stream).unwrap();
+        moved += 8;
+    }
+    let wal = fs::metadata(planes.on_disk("culvert.db-wal")).unwrap().len();
+    assert!(wal <= 64 << 20, "{wal}");
+    fs::remove_file(&filler).unwrap();
+    let began = Instant::now();
+    await_some("room", || {
+        (status(1000 + began.elapsed().as_millis() as usize) == 201).then_some(())
+    });
+    assert!(began.elapsed() < Duration::from_secs(5));
+    await_some(&format!("{moved} bytes"), || (planes.used(&id) >= moved).then_some(()));
+    pause(Duration::from_millis(1500));
+    assert_eq!(planes.used(&id), moved);
+    let check = Command::new("sqlite3")
+        .arg(planes.on_disk("culvert.db"))
+        .arg("PRAGMA integrity_check")
+        .output()
+        .unwrap();
+    assert_eq!(String::from_utf8_lossy(&check.stdout).trim(), "ok");
+}
+
+/// RELIABILITY D9: the database takes no changes for a while, as after a failover to a replica.
+#[test]
+fn a_database_that_only_reads_is_waited_for() {
+    on_server(|url, socket| {
+        let sql = |text: &str| {
+            let done = Command::new("mariadb")
+                .args(["--no-defaults", "-u", "root", "-S", socket, "-e", text])
+                .status();
+            assert!(done.unwrap().success(), "{text}");
+        };
+        let name = url.rsplit('/').find(|part| part.contains("?socket=")).unwrap();
+        let name = name.split('?').next().unwrap();
+        // read_only does not bind root.
+        sql(&format!(
+            "CREATE USER plain@localhost IDENTIFIED BY 'plain'; GRANT ALL ON {name}.* TO plain@localhost"
+        ));
+        let planes = Planes::start(Some(url.replace("root@", "plain:plain@")));
+        let (node, target) = (planes.node("edge"), echo());
+        let id = planes.user("ann", json!({}));
+        await_some("tunnel", || node.tunnel("ann", target).ok());
+        let mut moved = transfer(&node, "ann", target, 1000);
+        sql("SET GLOBAL read_only = 1");
+        let new = json!({ "name": "bob", "password": "a long password" });
+        let refused = planes.ask("POST", "/users", Some(&new));
+        assert_eq!((refused.0, planes.ask("GET", "/users", None).0), (503, 200), "{}", refused.1);
+        for round in 0..20 {
+            moved += transfer(&node, "ann", target, 10_000 + round);
+        }
+        sql("SET GLOBAL read_only = 0");
+        let began = Instant::now();
+        await_some("change", || (planes.ask("POST", "/users", Some(&new)).0 == 201).then_some(()));
+        assert!(began.elapsed() < Duration::from_secs(5));
+        await_some(&format!("{moved} bytes"), || (planes.used(&id) >= moved).then_some(()));
+        pause(Duration::from_millis(1500));
+        assert_eq!(planes.used(&id), moved);
+        sql("DROP USER plain@localhost");
+    });
+}
