@@ -4,7 +4,10 @@ use std::{net::SocketAddr, path::Path, sync::Arc, time::Duration};
 
 use anyhow::Context;
 use axum_server::{Handle, tls_rustls::RustlsConfig};
-use sea_orm::{ActiveModelTrait, ColumnTrait, EntityTrait, PaginatorTrait, QueryFilter, Set};
+use sea_orm::{
+    ActiveModelTrait, ColumnTrait, ConnectionTrait, EntityTrait, PaginatorTrait, QueryFilter,
+    QuerySelect, Set, Statement, sea_query::OnConflict,
+};
 use tokio::net::TcpListener;
 
 use crate::{
@@ -15,7 +18,7 @@ use crate::{
     link::{Authority, Hub},
     store::{
         Actor, Change, Store,
-        entity::{access_log, audit, change, command, heartbeat, refresh, traffic, user},
+        entity::{access_log, audit, change, command, heartbeat, refresh, setting, traffic, user},
         now,
     },
 };
@@ -33,6 +36,9 @@ const HEARTBEATS: i64 = 86_400_000_000;
 const COMMANDS: i64 = 60_000_000;
 const CHANGES: i64 = 100_000;
 const DAY: i64 = 86_400_000_000;
+const MINUTE: i64 = 60_000_000;
+/// The setting that says for which day quotas were begun anew.
+const TODAY: &str = "quota_day";
 /// The first admin.
 pub const FIRST_ADMIN: &str = "admin";
 
@@ -178,11 +184,16 @@ pub async fn serve(
     let app = parts(config, store.clone())?;
     let certificate = certificate(&config.server.tls).await?;
     app.hub.listen(&config.link_path(), config.link.allow_uids.clone())?;
+    for (name, own) in
+        [("link-authority.key", app.authority.known_by()), ("seal.key", app.seal.known_by())]
+    {
+        anyhow::ensure!(
+            is_first_or_same(&store, name, own).await?,
+            "{}: this database knows another {name}; copy it from the other control plane",
+            config.state.dir.join(name).display()
+        );
+    }
     let nodes = match config.link.bind {
-        Some(_) if !app.authority.is_of(&store).await? => anyhow::bail!(
-            "{}: nodes of this database know another authority; copy link-authority.key from the other control plane",
-            config.state.dir.display()
-        ),
         Some(bind) => Some(app.hub.listen_tls(bind, &app.authority).await?),
         None => None,
     };
@@ -216,10 +227,11 @@ async fn certificate(tls: &Tls) -> anyhow::Result<Option<RustlsConfig>> {
     // Who else speaks TLS here names its provider; this library takes the process's.
     let _ = tokio_rustls::rustls::crypto::ring::default_provider().install_default();
     let (chain, key) = (tls.certificate.clone(), tls.key.clone());
+    let mut known = changed(&[&chain, &key]);
     let loaded = RustlsConfig::from_pem_file(&chain, &key).await;
     let config = loaded
         .map_err(|error| anyhow::anyhow!("server.tls: {}: {error}", tls.certificate.display()))?;
-    let (reloaded, mut known) = (config.clone(), changed(&[&chain, &key]));
+    let reloaded = config.clone();
     tokio::spawn(async move {
         loop {
             tokio::time::sleep(CERTIFICATE_LOOK).await;
@@ -241,6 +253,17 @@ async fn certificate(tls: &Tls) -> anyhow::Result<Option<RustlsConfig>> {
     Ok(Some(config))
 }
 
+/// Whether a key is the one that the database knows by its fingerprint; the first that comes is.
+async fn is_first_or_same(store: &Store, name: &str, own: String) -> Result<bool, sea_orm::DbErr> {
+    let own = serde_json::Value::String(own).to_string();
+    let row = setting::ActiveModel { name: Set(name.into()), value: Set(own.clone()) };
+    let first =
+        OnConflict::column(setting::Column::Name).do_nothing_on([setting::Column::Name]).to_owned();
+    setting::Entity::insert(row).on_conflict(first).exec_without_returning(store.db()).await?;
+    let known = setting::Entity::find_by_id(name).one(store.db()).await?;
+    Ok(known.is_some_and(|known| known.value == own))
+}
+
 fn changed(files: &[&Path]) -> Vec<Option<std::time::SystemTime>> {
     files.iter().map(|file| std::fs::metadata(file).ok()?.modified().ok()).collect()
 }
@@ -253,15 +276,15 @@ async fn look(store: Store) {
     }
 }
 
-/// When a day begins, users whose quota begins anew may log in again: nodes are told of all that have
-/// one. So they are at the start, which may come after a midnight that was missed.
+/// When a day begins, users whose quota begins anew may log in again: nodes are told of all that had spent
+/// one. So they are at the start, if that comes after a midnight that was missed.
 async fn periods(store: Store) {
     let mut told = 0;
     loop {
         if let Ok(calendar) = Calendar::load(store.db()).await
             && calendar.start(Some("day")) != told
         {
-            match begin_periods(&store).await {
+            match begin_periods(&store, calendar.start(Some("day"))).await {
                 Ok(()) => told = calendar.start(Some("day")),
                 Err(error) => {
                     tracing::warn!(%error, "quotas could not be begun anew; trying again")
@@ -272,15 +295,24 @@ async fn periods(store: Store) {
     }
 }
 
-async fn begin_periods(store: &Store) -> Result<(), sea_orm::DbErr> {
-    let metered = user::Entity::find().filter(user::Column::QuotaBytes.is_not_null());
-    let users: Vec<i64> = metered.all(store.db()).await?.iter().map(|user| user.id).collect();
-    if users.is_empty() {
+async fn begin_periods(store: &Store, today: i64) -> Result<(), sea_orm::DbErr> {
+    let edit = store.edit(Actor { name: "quota".into(), address: String::new() }).await?;
+    // One of several control planes does it.
+    let done = setting::Entity::find_by_id(TODAY).one(edit.db()).await?;
+    if done.is_some_and(|done| done.value == today.to_string()) {
         return Ok(());
     }
-    let edit = store.edit(Actor { name: "quota".into(), address: String::new() }).await?;
-    edit.commit(Change::new("user.quota_period", format!("{} users", users.len())).users(users))
-        .await
+    let row = setting::ActiveModel { name: Set(TODAY.into()), value: Set(today.to_string()) };
+    let over =
+        OnConflict::column(setting::Column::Name).update_column(setting::Column::Value).to_owned();
+    setting::Entity::insert(row).on_conflict(over).exec_without_returning(edit.db()).await?;
+    // Those who had spent it in a period.
+    let spent = "SELECT DISTINCT u.id AS id FROM users u JOIN user_usage s ON s.user_id = u.id AND s.period > 1 \
+                 WHERE u.quota_bytes IS NOT NULL AND s.up + s.down >= u.quota_bytes";
+    let spent = Statement::from_string(edit.db().get_database_backend(), spent);
+    let rows = edit.db().query_all_raw(spent).await?;
+    let users = rows.iter().map(|row| row.try_get("", "id")).collect::<Result<Vec<i64>, _>>()?;
+    edit.commit(Change::new("quota.day", format!("{} users", users.len())).users(users)).await
 }
 
 async fn clean(store: Store) {
@@ -293,17 +325,32 @@ async fn clean(store: Store) {
     }
 }
 
+/// Deletes rows from before a time, a minute's at once: others want the database too.
+async fn delete_old<E: EntityTrait>(
+    db: &impl ConnectionTrait,
+    _: E,
+    at: E::Column,
+    before: i64,
+) -> Result<(), sea_orm::DbErr> {
+    loop {
+        let oldest = E::find().select_only().column_as(at.min(), "oldest");
+        let oldest: Option<Option<i64>> = oldest.into_tuple().one(db).await?;
+        let Some(oldest) = oldest.flatten().filter(|oldest| *oldest < before) else {
+            return Ok(());
+        };
+        E::delete_many().filter(at.lt(before.min(oldest + MINUTE))).exec(db).await?;
+        tokio::task::yield_now().await;
+    }
+}
+
 async fn clean_once(store: &Store) -> Result<(), sea_orm::DbErr> {
     let (db, now) = (store.db(), now());
     let [access, minutes, audits] =
         http::settings_of(db).await?.days().map(|days| i64::from(days) * DAY);
-    access_log::Entity::delete_many()
-        .filter(access_log::Column::At.lt(now - access))
-        .exec(db)
-        .await?;
-    traffic::Entity::delete_many().filter(traffic::Column::At.lt(now - minutes)).exec(db).await?;
+    delete_old(db, access_log::Entity, access_log::Column::At, now - access).await?;
+    delete_old(db, traffic::Entity, traffic::Column::At, now - minutes).await?;
     if audits > 0 {
-        audit::Entity::delete_many().filter(audit::Column::At.lt(now - audits)).exec(db).await?;
+        delete_old(db, audit::Entity, audit::Column::At, now - audits).await?;
     }
     heartbeat::Entity::delete_many()
         .filter(heartbeat::Column::At.lt(now - HEARTBEATS))

@@ -104,7 +104,8 @@ async fn accounts(
             }
             account.others += held;
             let richer = account.richest.is_none_or(|(_, most)| held > most);
-            if held > 0 && richer && online.contains(&row.node_id) {
+            let other = row.node_id != boot.0 && online.contains(&row.node_id);
+            if held > 0 && richer && other {
                 account.richest = Some((row.node_id, held));
             }
         }
@@ -125,11 +126,15 @@ async fn online(db: &impl ConnectionTrait) -> Result<BTreeSet<i64>, DbErr> {
 }
 
 /// Grants what can be granted to a boot. Who gets nothing now, because others are to give some back
-/// first, is not in the answer.
+/// first, is not in the answer; whether any of these is.
 ///
 /// # Errors
 /// The database failed; nothing was granted then.
-pub async fn grant(store: &Store, boot: Boot, users: &[u64]) -> Result<link::LeaseGrant, DbErr> {
+pub async fn grant(
+    store: &Store,
+    boot: Boot,
+    users: &[u64],
+) -> Result<(link::LeaseGrant, bool), DbErr> {
     let users: Vec<i64> = users.iter().map(|user| user.cast_signed()).collect();
     let (leases, wanted) = retry(|| async {
         let db = store.db().begin().await?;
@@ -138,11 +143,12 @@ pub async fn grant(store: &Store, boot: Boot, users: &[u64]) -> Result<link::Lea
         Ok(granted)
     })
     .await?;
-    if !wanted.is_empty() {
+    let asks = !wanted.is_empty();
+    if asks {
         let commands = wanted.into_iter().map(|(node, user)| (node, Command::TakeBack, user));
         store.command(commands.collect()).await?;
     }
-    Ok(link::LeaseGrant { leases })
+    Ok((link::LeaseGrant { leases }, asks))
 }
 
 /// Leases, and of which nodes some of which users' are wanted back.
@@ -237,9 +243,13 @@ async fn lower(
     let mut leases = Vec::new();
     for part in users.chunks(ROWS) {
         // One transaction sees one state.
-        let db = store.db().begin().await?;
-        let accounts = accounts(&db, boot, part).await?;
-        db.commit().await?;
+        let read = || async {
+            let db = store.db().begin().await?;
+            let accounts = accounts(&db, boot, part).await?;
+            db.commit().await?;
+            Ok(accounts)
+        };
+        let accounts = retry(read).await?;
         leases.extend(accounts.into_iter().filter_map(|(user, account)| {
             let keep = keep(&account).max(0);
             let lease = link::Lease { taken_back: true, ..account.lease(user, keep) };

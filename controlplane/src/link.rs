@@ -32,7 +32,7 @@ use crate::{
     store::{
         Actor, Change, Command, ROWS, Store,
         entity::{command as asked, heartbeat, node, session},
-        now, retry,
+        note, now, retry,
     },
     usage,
 };
@@ -230,6 +230,9 @@ impl Hub {
         tracing::info!(node = %node.row.name, boot = node.boot, "node connected");
         let gone = self.follow(&mut peer, &mut node).await;
         self.connected.fetch_sub(1, Relaxed);
+        if let Err(Gone::Database(error)) = &gone {
+            note(error);
+        }
         if let Err(gone) = gone {
             tracing::info!(node = %node.row.name, %gone, "node disconnected");
         }
@@ -312,6 +315,7 @@ impl Hub {
         let (mut asked, mut questions) = (0, HashMap::new());
         let mut last_command = self.last_command().await?;
         let mut heard = Instant::now();
+        let mut trimmed = false;
         let mut due = Some(Instant::now());
         let mut look = tokio::time::interval(LOOK);
         look.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
@@ -332,6 +336,8 @@ impl Hub {
                             }
                             body => self.heard(peer, node, body).await?,
                         }
+                        // What the database took is not the node's silence.
+                        heard = Instant::now();
                     }
                 }
                 () = self.asked.notified() => {
@@ -348,7 +354,9 @@ impl Hub {
                     due = None;
                     let news = self.send_changes(peer, known).await?;
                     known = news.generation;
-                    let users = news.metered.as_deref();
+                    // Quotas may have been lowered just before the last connection was lost.
+                    let users = news.metered.as_deref().filter(|_| trimmed);
+                    trimmed = true;
                     let lowered = lease::trim(&self.store, node.key(), users).await?;
                     self.take_back(peer, node, lowered).await?;
                 }
@@ -436,10 +444,12 @@ impl Hub {
                     .filter(|user| !node.taken_back.contains(user))
                     .collect();
                 for users in users.chunks(ROWS) {
-                    let grant = lease::grant(&self.store, node.key(), users).await?;
+                    let (grant, asks) = lease::grant(&self.store, node.key(), users).await?;
                     peer.send(down::Body::LeaseGrant(grant)).await?;
+                    if asks {
+                        self.look();
+                    }
                 }
-                self.look();
             }
         }
         Ok(())
@@ -530,6 +540,7 @@ impl Hub {
                 Some(Command::EndSession) => command::Kind::EndSession(argument),
                 Some(Command::EndUser) => command::Kind::EndUser(argument),
                 Some(Command::Drain) => command::Kind::Drain(true),
+                Some(Command::TakeBack) if node.taken_back.contains(&argument) => continue,
                 Some(Command::TakeBack) => {
                     let lowered = lease::take_back(&self.store, node.key(), argument).await?;
                     self.take_back(peer, node, lowered).await?;

@@ -89,6 +89,10 @@ impl Publisher {
     }
 }
 
+fn json(policy: &Policy) -> Vec<u8> {
+    serde_json::to_vec(policy).unwrap_or_default()
+}
+
 fn frame(body: down::Body) -> Vec<u8> {
     let mut frame = Vec::new();
     encode(&Down::from(body), &mut frame);
@@ -129,7 +133,7 @@ pub async fn members(db: &impl ConnectionTrait, group: &str) -> Result<Vec<i64>,
 async fn snapshot(store: &Store) -> Result<link::Snapshot, DbErr> {
     let db = store.db().begin().await?;
     let generation = generation(&db).await?;
-    let policy = policy(&db).await?;
+    let policy = json(&policy(&db).await?);
     let rates = Rates::load(&db).await?;
     let mut users = Vec::new();
     let mut after = 0;
@@ -168,7 +172,7 @@ async fn delta(store: &Store, base: u64) -> Result<Option<link::Delta>, DbErr> {
     if (!known && generation != base) || ids.len() > DELTA_MAX || generation < base {
         return Ok(None);
     }
-    let policy = if ids.contains(&0) { policy(&db).await? } else { Vec::new() };
+    let policy = if ids.contains(&0) { json(&policy(&db).await?) } else { Vec::new() };
     let ids: Vec<i64> = ids.into_iter().filter(|id| *id > 0).collect();
     let rates = Rates::load(&db).await?;
     let (mut upserts, mut deletes) = (Vec::new(), Vec::new());
@@ -188,8 +192,23 @@ async fn generation(db: &impl ConnectionTrait) -> Result<u64, DbErr> {
     Ok(head.map_or(0, |head| head.generation.cast_unsigned()))
 }
 
-/// The policy without its users, as JSON.
-async fn policy(db: &impl ConnectionTrait) -> Result<Vec<u8>, DbErr> {
+/// Says before an edit of expressions is committed whether a node would take all of them together. Beside
+/// the event loop: that takes a while.
+///
+/// # Errors
+/// 422 with the first problem, or the database fails.
+pub async fn check_together(db: &impl ConnectionTrait) -> Result<(), Problem> {
+    let policy = policy(db).await?;
+    let checked = tokio::task::spawn_blocking(move || policy.check_together()).await;
+    match checked.as_deref() {
+        Ok([]) => Ok(()),
+        Ok([problem, ..]) => Err(Problem::invalid(problem.to_string())),
+        Err(_) => Err(Problem::invalid("the expressions could not be checked")),
+    }
+}
+
+/// The policy without its users.
+async fn policy(db: &impl ConnectionTrait) -> Result<Policy, DbErr> {
     let mut policy = Policy::default();
     crate::http::settings_of(db).await?.apply(&mut policy);
     let filters = url_filter::Entity::find().filter(url_filter::Column::Enabled.eq(true));
@@ -208,7 +227,7 @@ async fn policy(db: &impl ConnectionTrait) -> Result<Vec<u8>, DbErr> {
     let clients = clients.collect::<Result<Vec<_>, _>>();
     let clients = clients.map_err(|error| unreadable(error.to_string()))?;
     policy.whitelist = (!clients.is_empty()).then_some(clients);
-    Ok(serde_json::to_vec(&policy).unwrap_or_default())
+    Ok(policy)
 }
 
 /// All rates.

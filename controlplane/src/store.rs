@@ -8,6 +8,7 @@ mod schema;
 
 use std::{
     path::Path,
+    sync::atomic::{AtomicI64, Ordering::Relaxed},
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
@@ -168,9 +169,16 @@ impl Store {
                     .journal_mode(sea_orm::sqlx::sqlite::SqliteJournalMode::Wal)
                     .synchronous(sea_orm::sqlx::sqlite::SqliteSynchronous::Full)
                     .foreign_keys(true)
+                    // A log that a long reader has let grow is cut again.
+                    .pragma("journal_size_limit", "67108864")
                     .busy_timeout(Duration::from_secs(3))
             });
         }
+        // After a failover the old primary may still be there, and only read.
+        options.map_sqlx_mysql_before_acquire(|_, connection| {
+            let made = now() - i64::try_from(connection.age.as_micros()).unwrap_or(i64::MAX);
+            Box::pin(async move { Ok(made > ONLY_READ_AT.load(Relaxed)) })
+        });
         let db = Database::connect(options).await?;
         Ok(Self { db, changed: watch::Sender::new(0) })
     }
@@ -371,23 +379,29 @@ fn is_contention(error: &DbErr) -> bool {
         .any(|sign| text.contains(sign))
 }
 
+/// When a connection was last told that its server only reads, in microseconds since 1970: those made
+/// before are not used again.
+static ONLY_READ_AT: AtomicI64 = AtomicI64::new(0);
+
+/// Takes note of an error that says that a server only reads (1290, 1792, 1836).
+pub fn note(error: &DbErr) {
+    let text = error.to_string();
+    if ONLY_READS.iter().any(|sign| text.contains(sign)) {
+        ONLY_READ_AT.store(now(), Relaxed);
+    }
+}
+
+const ONLY_READS: [&str; 3] = ["1290", "1792", "1836"];
+
 /// Whether the database could not be asked at all, or takes no changes now.
 pub fn is_away(error: &DbErr) -> bool {
     let text = error.to_string();
-    matches!(error, DbErr::Conn(_) | DbErr::ConnectionAcquire(_))
+    ONLY_READS.iter().any(|sign| text.contains(sign))
+        || matches!(error, DbErr::Conn(_) | DbErr::ConnectionAcquire(_))
         || is_contention(error)
-        || [
-            "1290",
-            "1836",
-            "readonly",
-            "read-only",
-            "disk is full",
-            "disk I/O",
-            "Io(",
-            "error communicating",
-        ]
-        .iter()
-        .any(|sign| text.contains(sign))
+        || ["readonly", "read-only", "disk is full", "disk I/O", "Io(", "error communicating"]
+            .iter()
+            .any(|sign| text.contains(sign))
 }
 
 /// Whether a unique index said no.

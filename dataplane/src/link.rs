@@ -11,7 +11,7 @@ use std::{
     path::{Path, PathBuf},
     sync::{
         Arc, Mutex,
-        atomic::{AtomicU64, Ordering::Relaxed},
+        atomic::{AtomicBool, AtomicU64, Ordering::Relaxed},
     },
     time::Duration,
 };
@@ -25,6 +25,7 @@ use culvert_link::{Connector, Identity, LinkError};
 use tokio::{
     net::{TcpStream, UnixStream},
     sync::Notify,
+    task::JoinSet,
     time::{Instant, MissedTickBehavior, interval, timeout},
 };
 
@@ -52,6 +53,8 @@ const PAUSE: (Duration, Duration) = (Duration::from_millis(100), Duration::from_
 const RECORDS: usize = 500;
 /// Records that may be on their way.
 const RECORDS_AHEAD: u64 = 4000;
+/// Questions that are answered at once.
+const QUESTIONS: usize = 16;
 /// Users whose leases are asked for at once.
 const LEASES: usize = 500;
 /// When a lease that was not granted is asked for again: another node may have given some back.
@@ -65,6 +68,8 @@ const LIVE_MAX: usize = 10_000;
 /// The last report of a boot comes after all others, and what its ledger's file says after that.
 const LAST: u64 = RECOVERED - 1;
 const RECOVERED: u64 = i64::MAX as u64;
+/// The first number of records of sessions that were cut by a crash, beyond all others.
+const CRASHED: u64 = 1 << 62;
 
 type Peer = culvert_link::Peer<Down, Up>;
 
@@ -80,6 +85,8 @@ pub struct Follower {
     left: Mutex<(Vec<Spool>, Vec<Recovered>)>,
     sums: Mutex<Sums>,
     leases: Mutex<Leases>,
+    /// Whether the control plane has taken this node since that was last asked.
+    welcomed: AtomicBool,
     ending: Notify,
     ledger: PathBuf,
     /// The control plane's generation in force; 0 is none.
@@ -161,7 +168,21 @@ impl Follower {
             }
         };
         let failed = |error: io::Error| anyhow::anyhow!("{}: {error}", dir.display());
-        let left = (Spool::left(dir).map_err(failed)?, recover(dir).map_err(failed)?);
+        let (mut spools, mut found) =
+            (Spool::left(dir).map_err(failed)?, recover(dir).map_err(failed)?);
+        // A process that ends again and again leaves nothing unless it has counted something.
+        spools.retain(|spool| {
+            spool.delete();
+            !spool.is_empty()
+        });
+        found.retain(|found| {
+            let counted = !found.users.is_empty();
+            if !counted {
+                let _ = std::fs::remove_file(&found.path);
+            }
+            counted
+        });
+        let left = (spools, found);
         for found in &left.1 {
             tracing::info!(
                 boot = format!("{:016x}", found.boot),
@@ -182,6 +203,7 @@ impl Follower {
             left: Mutex::new(left),
             sums: Mutex::default(),
             leases: Mutex::default(),
+            welcomed: AtomicBool::new(false),
             ending: Notify::new(),
             ledger: crate::ledger::path(dir, boot),
         })
@@ -210,7 +232,6 @@ impl Follower {
         let mut told = String::new();
         let mut away = Instant::now();
         loop {
-            let began = Instant::now();
             let gone = match self.way.connect().await {
                 Ok(mut peer) => Box::pin(self.follow(&node, &mut peer)).await,
                 Err(error) => Err(Gone::Link(error.into())),
@@ -219,8 +240,9 @@ impl Follower {
                 Ok(()) | Err(Gone::Ended) => return,
                 Err(gone) => {
                     // Who is refused, or away for long, holds nothing that others might get.
-                    let connected = began.elapsed() > PAUSE.1;
-                    away = if connected { Instant::now() } else { away };
+                    if self.welcomed.swap(false, Relaxed) {
+                        (pause, told, away) = (PAUSE.0, String::new(), Instant::now());
+                    }
                     if matches!(gone, Gone::Refused(_)) || away.elapsed() > LEASES_KEPT {
                         self.give_up();
                     }
@@ -231,9 +253,6 @@ impl Follower {
                         told = reason;
                     }
                 }
-            }
-            if began.elapsed() > PAUSE.1 {
-                (pause, told) = (PAUSE.0, String::new());
             }
             tokio::select! {
                 () = tokio::time::sleep(pause) => {}
@@ -261,6 +280,7 @@ impl Follower {
             },
             Err(_) => return Err(Gone::Silent),
         }
+        self.welcomed.store(true, Relaxed);
         tracing::info!(at = %self.way.control, "control plane connected");
         // The sums are those since the start: all of them once more do no harm, should the other side
         // have lost what it acknowledged.
@@ -278,6 +298,7 @@ impl Follower {
         // Everything that is not acknowledged is sent anew on a new connection.
         let mut sent_record = 0;
         let mut end = End::No;
+        let mut questions = JoinSet::new();
         loop {
             tokio::select! {
                 received = peer.receive() => match received?.body {
@@ -293,6 +314,11 @@ impl Follower {
                                 end = End::Reported;
                             }
                         }
+                    }
+                    // Names may take their time; beyond a few questions the asker gives up.
+                    Some(down::Body::Explain(question)) if questions.len() < QUESTIONS => {
+                        let node = node.clone();
+                        questions.spawn(async move { node.explain(&question).await });
                     }
                     Some(down::Body::LeaseGrant(grant)) => {
                         let taken_back = self.granted(node, grant).await;
@@ -310,6 +336,11 @@ impl Follower {
                     }
                     None => {}
                 },
+                Some(Ok(explained)) = questions.join_next() => {
+                    let generation = self.generation.load(Relaxed);
+                    let explained = link::Explained { generation, ..explained };
+                    peer.send(up::Body::Explained(explained)).await?;
+                }
                 () = node.shared.wanted.wait(), if end == End::No => {
                     // What is asked for is judged by what is known to be spent.
                     if outstanding.is_none() {
@@ -355,41 +386,33 @@ impl Follower {
         Ok(sent)
     }
 
-    /// What earlier boots left.
+    /// What earlier boots left: records, those of sessions that were cut, and then the sums, with whose
+    /// acknowledgement all of it is safe.
     async fn send_left(&self, peer: &mut Peer) -> Result<(), Gone> {
-        let (mut reports, mut records) = (Vec::new(), Vec::new());
-        {
-            let left = lock(&self.left);
-            for found in &left.1 {
-                let usage = |(user, sum): (&u64, &Bytes)| link::Usage {
-                    user: *user,
-                    up: sum[0],
-                    down: sum[1],
-                    held: None,
+        let boots: Vec<u64> = lock(&self.left).0.iter().map(|spool| spool.boot).collect();
+        for boot in boots {
+            let mut last = 0;
+            loop {
+                let records = {
+                    let left = lock(&self.left);
+                    let spool = left.0.iter().find(|spool| spool.boot == boot);
+                    spool.map_or(Ok(Vec::new()), |spool| spool.after(last, RECORDS))?
                 };
-                reports.push(link::Report {
-                    boot: found.boot,
-                    sequence: RECOVERED,
-                    users: found.users.iter().map(usage).collect(),
-                    last: true,
-                    uncertain: found.uncertain,
-                });
-            }
-            for spool in &left.0 {
-                let mut last = 0;
-                loop {
-                    let part = spool.after(last, RECORDS)?;
-                    let Some(record) = part.last() else { break };
-                    last = record.sequence;
-                    records.push(link::Records { boot: spool.boot, records: part });
-                }
+                let Some(record) = records.last() else { break };
+                last = record.sequence;
+                peer.send(up::Body::Records(link::Records { boot, records })).await?;
             }
         }
-        for report in reports {
+        let found: Vec<_> = {
+            let left = lock(&self.left);
+            left.1.iter().map(|found| (crashed(found), report_of(found))).collect()
+        };
+        for (records, report) in found {
+            for part in records.chunks(RECORDS) {
+                let records = link::Records { boot: report.boot, records: part.to_vec() };
+                peer.send(up::Body::Records(records)).await?;
+            }
             peer.send(up::Body::Report(report)).await?;
-        }
-        for part in records {
-            peer.send(up::Body::Records(part)).await?;
         }
         Ok(())
     }
@@ -440,13 +463,10 @@ impl Follower {
                 command::Kind::EndUser(user) => node.end_user(user),
                 command::Kind::Drain(_) => drop(node.drain.try_send(())),
             },
-            down::Body::Explain(question) => {
-                let explained = node.explain(&question).await;
-                let generation = self.generation.load(Relaxed);
-                let explained = link::Explained { generation, ..explained };
-                peer.send(up::Body::Explained(explained)).await?;
-            }
-            down::Body::Welcome(_) | down::Body::Command(_) | down::Body::LeaseGrant(_) => {}
+            down::Body::Welcome(_)
+            | down::Body::Command(_)
+            | down::Body::LeaseGrant(_)
+            | down::Body::Explain(_) => {}
         }
         Ok(())
     }
@@ -487,7 +507,11 @@ impl Follower {
 
     /// Puts grants in force; whether some of a lease was taken back.
     async fn granted(&self, node: &Node, grant: link::LeaseGrant) -> bool {
-        let known = lock(&self.leases).known.clone();
+        let known: HashMap<u64, Arc<Lease>> = {
+            let leases = lock(&self.leases);
+            let of = |granted: &link::Lease| leases.known.get_key_value(&granted.user);
+            grant.leases.iter().filter_map(of).map(|(user, lease)| (*user, lease.clone())).collect()
+        };
         let of = |granted: &link::Lease| known.get(&granted.user);
         let new = grant.leases.iter().filter(|granted| of(granted).is_some_and(|l| l.limit() == 0));
         let new: Arc<[u64]> = new.map(|granted| granted.user).collect();
@@ -651,6 +675,41 @@ impl Way {
 
 fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+}
+
+/// The sums of a boot that is over.
+fn report_of(found: &Recovered) -> link::Report {
+    let usage = |(user, sum): (&u64, &Bytes)| link::Usage {
+        user: *user,
+        up: sum[0],
+        down: sum[1],
+        held: None,
+    };
+    link::Report {
+        boot: found.boot,
+        sequence: RECOVERED,
+        users: found.users.iter().map(usage).collect(),
+        last: true,
+        uncertain: found.uncertain,
+    }
+}
+
+/// Records of sessions that were cut by the end of a boot. Their numbers are the same each time, so that
+/// none is there twice.
+fn crashed(found: &Recovered) -> Vec<link::Record> {
+    let time = time::OffsetDateTime::now_utc();
+    let time = time.format(&time::format_description::well_known::Rfc3339).unwrap_or_default();
+    let record = |(number, (user, bytes)): (u64, &(u64, Bytes))| {
+        let json = serde_json::json!({
+            "time": time, "bytes_up": bytes[0], "bytes_down": bytes[1], "end": "crash",
+        });
+        link::Record {
+            sequence: CRASHED + number,
+            json: json.to_string().into_bytes(),
+            user: *user,
+        }
+    };
+    (0..).zip(&found.sessions).map(record).collect()
 }
 
 /// CPU time in microseconds and resident memory in bytes of this process, from /proc.

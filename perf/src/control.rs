@@ -33,7 +33,7 @@ pub(crate) fn run(
     folder: &Path,
 ) -> anyhow::Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    let plane = Plane::start(program, database, &folder.join("control"))?;
+    let plane = Plane::start(program, database, &folder.join("control"), &users()?)?;
     println!("control: {USERS} users, {}", if database.is_some() { "MariaDB" } else { "SQLite" });
     let token = plane.login()?;
     runtime.block_on(async {
@@ -43,7 +43,8 @@ pub(crate) fn run(
     })
 }
 
-struct Plane {
+/// A running control plane.
+pub(crate) struct Plane {
     child: Child,
     api: SocketAddr,
     folder: PathBuf,
@@ -57,7 +58,13 @@ impl Drop for Plane {
 }
 
 impl Plane {
-    fn start(program: &Path, database: Option<&str>, folder: &Path) -> anyhow::Result<Self> {
+    /// Starts one with what a backup says.
+    pub(crate) fn start(
+        program: &Path,
+        database: Option<&str>,
+        folder: &Path,
+        backup: &str,
+    ) -> anyhow::Result<Self> {
         std::fs::create_dir_all(folder)?;
         let api = TcpListener::bind("127.0.0.1:0")?.local_addr()?;
         let command = |word: &str| {
@@ -71,9 +78,9 @@ impl Plane {
             command
         };
         let mut restore = command("restore").stdin(Stdio::piped()).spawn()?;
-        let mut backup = restore.stdin.take().context("no standard input")?;
-        backup.write_all(users()?.as_bytes())?;
-        drop(backup);
+        let mut input = restore.stdin.take().context("no standard input")?;
+        input.write_all(backup.as_bytes())?;
+        drop(input);
         ensure!(restore.wait()?.success(), "the users could not be restored");
         let plane = Self { child: command("serve").spawn()?, api, folder: folder.to_owned() };
         let began = Instant::now();
@@ -82,6 +89,11 @@ impl Plane {
             std::thread::sleep(Duration::from_millis(20));
         }
         Ok(plane)
+    }
+
+    /// The socket nodes connect to.
+    pub(crate) fn socket(&self) -> PathBuf {
+        self.folder.join("control.sock")
     }
 
     fn ask(
@@ -121,7 +133,7 @@ impl Plane {
     }
 
     async fn connect(&self, name: &str, boot: u64) -> anyhow::Result<Peer> {
-        let mut peer = Peer::new(UnixStream::connect(self.folder.join("control.sock")).await?);
+        let mut peer = Peer::new(UnixStream::connect(self.socket()).await?);
         let hello = link::Hello {
             node: name.to_owned(),
             boot,
@@ -303,27 +315,36 @@ fn record(n: u64) -> Vec<u8> {
     .into_bytes()
 }
 
+/// A backup of some rows.
+pub(crate) fn backup(rows: impl IntoIterator<Item = (&'static str, Value)>) -> String {
+    let head = ("head", json!({ "id": 1, "generation": 1 }));
+    let lines = std::iter::once(head).chain(rows);
+    let mut text = format!("{}\n", json!({ "culvert": "backup", "format": 1 }));
+    for (table, row) in lines {
+        text.push_str(&json!({ "table": table, "row": row }).to_string());
+        text.push('\n');
+    }
+    text.push_str(&json!({ "end": true }).to_string());
+    text
+}
+
+/// A user's row.
+pub(crate) fn user(id: usize, name: &str, hash: &str, role: &str, quota: Option<u64>) -> Value {
+    json!({
+        "id": id, "name": name, "password_hash": hash, "role": role, "status": "active",
+        "proxy_access": role == "user", "expires_at": null, "groups": "[\"staff\"]", "sessions": 100_000,
+        "new_sessions_per_second": null, "devices": 3, "source_addresses": "[]",
+        "egress_address": null, "quota_bytes": quota, "quota_period": quota.map(|_| "month"),
+        "comment": "", "token_epoch": 1, "totp_secret": null, "totp_pending": null, "totp_step": 0,
+        "created_at": 1, "updated_at": 1
+    })
+}
+
 /// A backup with many users, and an admin.
 fn users() -> anyhow::Result<String> {
     let hash = bcrypt::hash(PASSWORD, 10)?;
-    let mut text = String::new();
-    writeln!(text, "{}", json!({ "culvert": "backup", "format": 1 }))?;
-    writeln!(text, "{}", json!({ "table": "head", "row": { "id": 1, "generation": 1 } }))?;
-    for id in 1..=USERS + 1 {
-        let (name, role) = match id {
-            1 => ("admin".to_owned(), "admin"),
-            _ => (format!("user-{id}"), "user"),
-        };
-        let row = json!({
-            "id": id, "name": name, "password_hash": hash, "role": role, "status": "active",
-            "proxy_access": role == "user", "expires_at": null, "groups": "[\"staff\"]", "sessions": 100,
-            "new_sessions_per_second": null, "devices": 3, "source_addresses": "[]",
-            "egress_address": null, "quota_bytes": null, "quota_period": null, "comment": "",
-            "token_epoch": 1, "totp_secret": null, "totp_pending": null, "totp_step": 0,
-            "created_at": 1, "updated_at": 1
-        });
-        writeln!(text, "{}", json!({ "table": "users", "row": row }))?;
-    }
-    writeln!(text, "{}", json!({ "end": true }))?;
-    Ok(text)
+    let admin = ("users", user(1, "admin", &hash, "admin", None));
+    let users =
+        (2..=USERS + 1).map(|id| ("users", user(id, &format!("user-{id}"), &hash, "user", None)));
+    Ok(backup(std::iter::once(admin).chain(users)))
 }

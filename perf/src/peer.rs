@@ -12,12 +12,17 @@ use std::{
 use anyhow::Context;
 use clap::ValueEnum;
 use culvert_proto::{Command as SocksCommand, Credentials, Secret, Target, socks5};
+use serde_json::json;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::TcpStream,
 };
 
-use crate::{Scenario, process};
+use crate::{
+    Scenario,
+    control::{self, Plane},
+    process,
+};
 
 /// A proxy, or none.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, PartialOrd, Ord)]
@@ -26,6 +31,10 @@ pub(crate) enum Kind {
     Direct,
     /// Culvert, SOCKS5 with user and password, metrics, limits and records on.
     Culvert,
+    /// The same, following a control plane that takes in its sums and records.
+    Followed,
+    /// The same, with a user who has a quota.
+    Metered,
     /// haproxy in TCP mode: no handshake.
     Haproxy,
     /// nginx stream: no handshake.
@@ -37,13 +46,20 @@ pub(crate) enum Kind {
 }
 
 impl Kind {
+    /// Culvert and its peers.
     pub(crate) const ALL: [Self; 6] =
         [Self::Direct, Self::Culvert, Self::Haproxy, Self::Nginx, Self::Dante, Self::Microsocks];
+
+    fn is_culvert(self) -> bool {
+        matches!(self, Self::Culvert | Self::Followed | Self::Metered)
+    }
 
     pub(crate) fn name(self) -> &'static str {
         match self {
             Self::Direct => "direct",
             Self::Culvert => "culvert",
+            Self::Followed => "followed",
+            Self::Metered => "metered",
             Self::Haproxy => "haproxy",
             Self::Nginx => "nginx",
             Self::Dante => "dante",
@@ -64,7 +80,7 @@ impl Kind {
         match self {
             Self::Direct | Self::Haproxy | Self::Nginx => Greeting::None,
             Self::Dante => Greeting::Socks5,
-            Self::Culvert | Self::Microsocks => Greeting::Login,
+            Self::Culvert | Self::Followed | Self::Metered | Self::Microsocks => Greeting::Login,
         }
     }
 }
@@ -86,6 +102,8 @@ pub(crate) struct Peer {
     address: SocketAddr,
     child: Option<Child>,
     folder: PathBuf,
+    /// What it follows; ended after it.
+    _plane: Option<Plane>,
 }
 
 impl Peer {
@@ -98,12 +116,20 @@ impl Peer {
         folder: &Path,
     ) -> anyhow::Result<Option<Self>> {
         if kind == Kind::Direct {
-            return Ok(Some(Self { kind, address: target, child: None, folder: PathBuf::new() }));
+            let folder = PathBuf::new();
+            return Ok(Some(Self { kind, address: target, child: None, folder, _plane: None }));
         }
         let address = free_address()?;
         let folder = folder.join(kind.name());
         fs::create_dir_all(&folder)?;
-        let Some(mut command) = command(kind, address, target, culvert, driver, &folder)? else {
+        let plane = match kind {
+            Kind::Followed | Kind::Metered => Some(plane(kind, culvert, &folder)?),
+            _ => None,
+        };
+        let socket = plane.as_ref().map(Plane::socket);
+        let Some(mut command) =
+            command(kind, address, target, culvert, driver, &folder, socket.as_deref())?
+        else {
             return Ok(None);
         };
         let log = fs::File::create(folder.join("log"))?;
@@ -113,8 +139,17 @@ impl Peer {
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
             Err(error) => return Err(error.into()),
         };
-        let mut peer = Self { kind, address, child: Some(child), folder };
+        let mut peer = Self { kind, address, child: Some(child), folder, _plane: plane };
         peer.await_ready()?;
+        let began = Instant::now();
+        while socket.is_some() && !peer.log().contains("policy followed") {
+            anyhow::ensure!(
+                began.elapsed() < Duration::from_secs(10),
+                "no policy:\n{}",
+                peer.log()
+            );
+            std::thread::sleep(Duration::from_millis(5));
+        }
         Ok(Some(peer))
     }
 
@@ -214,12 +249,15 @@ fn command(
     culvert: &Path,
     driver: &str,
     folder: &Path,
+    socket: Option<&Path>,
 ) -> anyhow::Result<Option<Command>> {
     let port = address.port();
-    let config = folder.join(if kind == Kind::Culvert { "culvert.toml" } else { "config" });
+    let config = folder.join(if kind.is_culvert() { "culvert.toml" } else { "config" });
     let text = match kind {
         Kind::Direct => return Ok(None),
-        Kind::Culvert => culvert_config(address, driver, folder)?,
+        Kind::Culvert | Kind::Followed | Kind::Metered => {
+            culvert_config(address, driver, folder, socket)?
+        }
         Kind::Haproxy => format!(
             "global\n maxconn 9900\n nbthread 2\ndefaults\n mode tcp\n maxconn 9900\n \
              timeout connect 10s\n timeout client 1h\n timeout server 1h\nfrontend in\n \
@@ -237,14 +275,14 @@ fn command(
     };
     fs::write(&config, text)?;
     let mut command = Command::new(match kind {
-        Kind::Culvert => culvert.as_os_str(),
+        _ if kind.is_culvert() => culvert.as_os_str(),
         Kind::Haproxy => "haproxy".as_ref(),
         Kind::Nginx => "nginx".as_ref(),
         Kind::Dante => "danted".as_ref(),
         _ => "microsocks".as_ref(),
     });
     match kind {
-        Kind::Culvert => command.arg("run").arg("-c").arg(&config),
+        _ if kind.is_culvert() => command.arg("run").arg("-c").arg(&config),
         Kind::Haproxy => command.args(["-db", "-q", "-f"]).arg(&config),
         Kind::Nginx => command.args(["-e", "stderr", "-p"]).arg(folder).arg("-c").arg(&config),
         Kind::Dante => {
@@ -256,19 +294,55 @@ fn command(
 }
 
 /// Everything a production node has on: login, limits, filters, rules, records, metrics.
-fn culvert_config(address: SocketAddr, driver: &str, folder: &Path) -> anyhow::Result<String> {
-    let hash = bcrypt::hash(PASSWORD, 10)?;
-    let folder = folder.display();
-    Ok(format!(
-        "[node]\nstate_dir = '{folder}'\ndriver = '{driver}'\n[[listener]]\nbind = '{address}'\n\
+fn culvert_config(
+    address: SocketAddr,
+    driver: &str,
+    folder: &Path,
+    socket: Option<&Path>,
+) -> anyhow::Result<String> {
+    let dir = folder.display();
+    let node = format!(
+        "[node]\nstate_dir = '{dir}'\ndriver = '{driver}'\n[[listener]]\nbind = '{address}'\n\
          [admin]\nbind = 'none'\n\
-         [limits]\nsessions_per_address = 100000\nnew_sessions_per_second_per_address = 1000000\n\
-         [policy]\nallow_internal = ['127.0.0.0/8']\n\
+         [limits]\nsessions_per_address = 100000\nnew_sessions_per_second_per_address = 1000000\n"
+    );
+    if let Some(socket) = socket {
+        return Ok(format!("{node}[control]\nconnect = 'unix:{}'\n", socket.display()));
+    }
+    let hash = bcrypt::hash(PASSWORD, 10)?;
+    Ok(format!(
+        "{node}[policy]\nallow_internal = ['127.0.0.0/8']\n\
          [[policy.user]]\nname = '{USER}'\npassword_hash = '{hash}'\n\
          limits = {{ sessions = 100000, new_sessions_per_second = 1000000, devices = 64 }}\n\
          [[policy.filter]]\ndomain_suffix = ['ads.example']\n\
          [[policy.rule]]\nname = 'perf'\nwhen = {{ user = ['{USER}'], cidr = ['127.0.0.0/8'] }}\n"
     ))
+}
+
+/// A control plane whose policy is the same.
+fn plane(kind: Kind, culvert: &Path, folder: &Path) -> anyhow::Result<Plane> {
+    let hash = bcrypt::hash(PASSWORD, 10)?;
+    let quota = (kind == Kind::Metered).then_some(1 << 50);
+    let conditions = json!({ "user": [USER], "cidr": ["127.0.0.0/8"] }).to_string();
+    let rows = [
+        ("users", control::user(2, USER, &hash, "user", quota)),
+        ("settings", json!({ "name": "allow_internal", "value": "[\"127.0.0.0/8\"]" })),
+        (
+            "url_filters",
+            json!({ "id": 1, "action": "deny", "kind": "domain_suffix", "value": "ads.example",
+                "ports": "[]", "enabled": true, "comment": "", "created_at": 1 }),
+        ),
+        (
+            "rules",
+            json!({ "id": 1, "position": 1, "name": "perf", "enabled": true, "conditions": conditions,
+                "action": "allow", "upstream": null, "target": null, "created_at": 1 }),
+        ),
+    ];
+    // Each start is a first one.
+    fs::remove_dir_all(folder)?;
+    fs::create_dir_all(folder)?;
+    let dir = folder.join("control");
+    Plane::start(&culvert.with_file_name("culvert-control"), None, &dir, &control::backup(rows))
 }
 
 fn nginx_config(port: u16, target: SocketAddr, folder: &Path) -> String {

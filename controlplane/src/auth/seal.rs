@@ -6,13 +6,23 @@ use ring::aead::{Aad, CHACHA20_POLY1305, LessSafeKey, NONCE_LEN, Nonce, UnboundK
 use super::token::random;
 
 /// Seals and opens. Control planes of one database share the key.
-pub struct Seal(LessSafeKey);
+pub struct Seal {
+    key: LessSafeKey,
+    known_by: String,
+}
 
 impl Seal {
     /// With a key; `None` if it is shorter than 32 bytes. What is beyond them is not used.
     pub fn new(key: &[u8]) -> Option<Self> {
+        let known_by = blake3::derive_key("culvert seal.key fingerprint", key.get(..32)?);
+        let known_by = blake3::Hash::from(known_by).to_hex().to_string();
         let key = UnboundKey::new(&CHACHA20_POLY1305, key.get(..32)?).ok()?;
-        Some(Self(LessSafeKey::new(key)))
+        Some(Self { key: LessSafeKey::new(key), known_by })
+    }
+
+    /// What tells its key from others, and nothing of it.
+    pub fn known_by(&self) -> String {
+        self.known_by.clone()
     }
 
     /// Seals a secret for one purpose, which it is opened with again.
@@ -21,7 +31,7 @@ impl Seal {
         let mut sealed = secret.to_vec();
         let aad = Aad::from(purpose.as_bytes());
         let unique = Nonce::assume_unique_for_key(nonce);
-        self.0.seal_in_place_append_tag(unique, aad, &mut sealed).ok()?;
+        self.key.seal_in_place_append_tag(unique, aad, &mut sealed).ok()?;
         Some(BASE64_STANDARD_NO_PAD.encode([&nonce[..], &sealed].concat()))
     }
 
@@ -32,7 +42,7 @@ impl Seal {
         let nonce = Nonce::try_assume_unique_for_key(nonce).ok()?;
         let mut sealed = sealed.to_vec();
         let opened =
-            self.0.open_in_place(nonce, Aad::from(purpose.as_bytes()), &mut sealed).ok()?;
+            self.key.open_in_place(nonce, Aad::from(purpose.as_bytes()), &mut sealed).ok()?;
         Some(opened.to_vec())
     }
 }

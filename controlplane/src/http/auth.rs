@@ -122,7 +122,8 @@ async fn login(
         return Err(Problem::new(StatusCode::TOO_MANY_REQUESTS, detail));
     }
     let found = user::Entity::find().filter(user::Column::Name.eq(&login.username));
-    let user = found.one(app.store.db()).await?;
+    // MySQL passes over spaces at the end, which the throttle does not.
+    let user = found.one(app.store.db()).await?.filter(|user| user.name == login.username);
     let hash = user.as_ref().map(|user| user.password_hash.clone());
     if !verify_password(login.password, hash).await {
         return Err(wrong());

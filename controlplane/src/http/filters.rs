@@ -17,6 +17,7 @@ use super::{
     problem::Result,
     users::{name_of, time_text},
 };
+use crate::publish::check_together;
 use crate::store::{Change, ROWS, entity::url_filter as filter, now};
 
 /// Filters of one import, and its body in bytes.
@@ -162,6 +163,14 @@ impl FilterBody {
         }
     }
 
+    /// Says what a node would say of all expressions together, if this is one of them.
+    async fn check_together(&self, db: &impl sea_orm::ConnectionTrait) -> Result<()> {
+        match self.kind {
+            FilterKind::DomainRegex => check_together(db).await,
+            _ => Ok(()),
+        }
+    }
+
     /// Says at once what a node would say.
     fn check(&self) -> Result<()> {
         if self.comment.chars().count() > 1000 || self.value.chars().count() > 1000 {
@@ -235,6 +244,7 @@ async fn create(
     let mut row = new.row().into_active_model().reset_all();
     row.id = sea_orm::NotSet;
     let row = row.insert(db).await?;
+    new.check_together(db).await?;
     edit.commit(Change::new("filter.create", &new.value).new_value(&new).policy()).await?;
 
     Ok((StatusCode::CREATED, Json(view(row))))
@@ -286,11 +296,15 @@ async fn import(
         enabled: true,
         comment: new.comment.clone(),
     };
-    let checked = new.values.iter().enumerate().try_for_each(|(place, value)| {
-        let checked = body(value).check();
-        checked.map_err(|problem| Problem::invalid(format!("values[{place}]: {}", problem.detail)))
+    let bodies: Vec<FilterBody> = new.values.iter().map(|value| body(value)).collect();
+    // Beside the event loop: expressions take a while.
+    let checked = tokio::task::spawn_blocking(move || {
+        bodies.iter().enumerate().try_for_each(|(place, body)| {
+            let told = |problem: Problem| format!("values[{place}]: {}", problem.detail);
+            body.check().map_err(|problem| Problem::invalid(told(problem)))
+        })
     });
-    checked?;
+    checked.await.map_err(|_| Problem::invalid("values could not be checked"))??;
     let edit = app.store.edit(caller.actor()).await?;
     let db = edit.db();
     let known = filter::Entity::find()
@@ -311,6 +325,7 @@ async fn import(
         };
         filter::Entity::insert_many(part.iter().map(row)).exec_without_returning(db).await?;
     }
+    body("").check_together(db).await?;
     let (created, skipped) = (fresh.len(), new.values.len() - fresh.len());
     if created > 0 {
         let subject = format!("{created} of kind {}", name_of(&new.kind));
@@ -335,6 +350,7 @@ async fn update(
     let old = find(db, id).await?;
     let row = filter::Model { id, created_at: old.created_at, ..new.row() };
     let row = row.into_active_model().reset_all().update(db).await?;
+    new.check_together(db).await?;
     let change = Change::new("filter.update", &new.value).old(&view(old)).new_value(&new);
     edit.commit(change.policy()).await?;
 

@@ -9,7 +9,7 @@ use sea_orm::DbErr;
 use serde::Serialize;
 use utoipa::ToSchema;
 
-use crate::store::{is_away, is_duplicate};
+use crate::store::{is_away, is_duplicate, note};
 
 /// What went wrong, and what to do about it.
 #[derive(Debug, Clone, Serialize, ToSchema)]
@@ -63,6 +63,7 @@ impl From<DbErr> for Problem {
         if is_duplicate(&error) {
             return Self::new(StatusCode::CONFLICT, "there is one already");
         }
+        note(&error);
         if is_away(&error) {
             tracing::warn!(%error, "the database is away");
             return Self::new(

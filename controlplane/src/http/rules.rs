@@ -15,7 +15,10 @@ use utoipa_axum::{router::OpenApiRouter, routes};
 use super::{
     Admin, App, Body, Id, Page, Paging, Params, Problem, problem::Result, users::time_text,
 };
-use crate::store::{Change, entity::rule, now};
+use crate::{
+    publish::check_together,
+    store::{Change, entity::rule, now},
+};
 
 pub(super) fn routes() -> OpenApiRouter<App> {
     OpenApiRouter::new()
@@ -190,6 +193,7 @@ async fn create(
     let mut row = new.row(position).into_active_model().reset_all();
     row.id = sea_orm::NotSet;
     let row = row.insert(db).await?;
+    check_together(db).await?;
     edit.commit(Change::new("rule.create", &new.name).new_value(&new).policy()).await?;
 
     Ok((StatusCode::CREATED, Json(view(row))))
@@ -211,6 +215,7 @@ async fn update(
     let old = find(db, id).await?;
     let row = rule::Model { id, created_at: old.created_at, ..new.row(old.position) };
     let row = row.into_active_model().reset_all().update(db).await?;
+    check_together(db).await?;
     let change = Change::new("rule.update", &new.name).old(&view(old)).new_value(&new);
     edit.commit(change.policy()).await?;
 
@@ -344,8 +349,9 @@ async fn test_filters(
 }
 
 async fn explain(app: &App, question: Question) -> Result<culvert_api::link::Explained> {
-    if question.target.len() > 300 {
-        return Err(Problem::invalid("target: at most 300 bytes"));
+    let user = question.user.as_ref().map_or(0, String::len);
+    if question.target.len() > 300 || user > 255 {
+        return Err(Problem::invalid("target has at most 300 bytes, user 255"));
     }
     let explain = culvert_api::link::Explain {
         id: 0,

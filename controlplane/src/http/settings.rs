@@ -3,7 +3,8 @@
 use axum::{Json, extract::State};
 use culvert_api::policy::{Access, Policy};
 use sea_orm::{
-    ColumnTrait, ConnectionTrait, DbErr, EntityTrait, QueryFilter, Set, sea_query::OnConflict,
+    ColumnTrait, ConnectionTrait, DbErr, EntityTrait, QueryFilter, QuerySelect, Set,
+    sea_query::OnConflict,
 };
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
@@ -41,7 +42,8 @@ pub(crate) struct Settings {
     allow_internal: Vec<String>,
     /// Target ports nobody may use.
     deny_ports: Vec<u16>,
-    /// Where days, weeks and months of quotas begin, such as `Europe/Berlin`.
+    /// Where days, weeks and months of quotas begin, such as `Europe/Berlin`. A change counts anew what was
+    /// moved in the present periods, as far as minutes are kept (`traffic_log_days`).
     time_zone: String,
     /// Days access logs are kept.
     access_log_days: u32,
@@ -181,13 +183,14 @@ async fn update(
     let mut change = Change::new("settings.update", "").old(&old).new_value(&new).policy();
     if old.time_zone != new.time_zone {
         // Periods began at other times than was counted.
-        let metered = user::Entity::find()
-            .filter(user::Column::QuotaBytes.is_not_null())
-            .filter(user::Column::QuotaPeriod.ne("total"));
-        for user in metered.all(db).await? {
-            crate::usage::begin(db, &user).await?;
-            change = change.user(user.id);
+        for period in ["day", "week", "month"] {
+            crate::usage::begin(db, period, None).await?;
         }
+        let metered = user::Entity::find()
+            .select_only()
+            .column(user::Column::Id)
+            .filter(user::Column::QuotaBytes.is_not_null());
+        change = change.users(metered.into_tuple::<i64>().all(db).await?);
     }
     edit.commit(change).await?;
     let settings = new;

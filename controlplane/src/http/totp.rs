@@ -57,7 +57,7 @@ fn purpose(user: i64) -> String {
 /// Begin to use a second factor; it is asked for once a first code has confirmed it.
 #[utoipa::path(post, path = "/auth/totp", tag = "auth", request_body = Password,
     responses((status = 200, body = Enrolment), (status = 400, body = Problem), (status = 401, body = Problem), (status = 403, body = Problem),
-        (status = 415, body = Problem), (status = 422, body = Problem), (status = 429, body = Problem), (status = 503, body = Problem)))]
+        (status = 409, body = Problem), (status = 415, body = Problem), (status = 422, body = Problem), (status = 429, body = Problem), (status = 503, body = Problem)))]
 async fn enrol(
     State(app): State<App>,
     caller: Caller,
@@ -68,19 +68,25 @@ async fn enrol(
     if !verify_password(body.password, Some(caller.user.password_hash.clone())).await {
         return Err(Problem::new(StatusCode::FORBIDDEN, "the present password is another"));
     }
-    app.throttle.forgive(from.0, &caller.user.name);
     let secret = new_secret();
-    let sealed = app.seal.seal(&purpose(caller.user.id), &secret);
-    let mut row = caller.user.clone().into_active_model();
-    row.totp_pending = Set(Some(sealed.ok_or_else(Problem::no_key)?));
-    row.update(app.store.db()).await?;
+    let sealed = app.seal.seal(&purpose(caller.user.id), &secret).ok_or_else(Problem::no_key)?;
+    let edit = app.store.edit(caller.actor()).await?;
+    let user = find(edit.db(), caller.user.id).await?;
+    if user.totp_secret.is_some() {
+        let detail = "there is a second factor already; remove it first, with a code of it";
+        return Err(Problem::new(StatusCode::CONFLICT, detail));
+    }
+    let mut row = user.into_active_model();
+    row.totp_pending = Set(Some(sealed));
+    row.update(edit.db()).await?;
+    edit.commit(Change::new("auth.totp_enrol", &caller.user.name)).await?;
     let secret = text_of(&secret);
     let name = percent(&caller.user.name);
     let uri = format!("otpauth://totp/Culvert:{name}?secret={secret}&issuer=Culvert");
     Ok(Json(Enrolment { secret, uri }))
 }
 
-/// Use the second factor from now on.
+/// Use the second factor from now on; every token of before is void.
 #[utoipa::path(post, path = "/auth/totp/confirm", tag = "auth", request_body = Code,
     responses((status = 204), (status = 400, body = Problem), (status = 401, body = Problem), (status = 403, body = Problem),
         (status = 415, body = Problem), (status = 422, body = Problem), (status = 429, body = Problem), (status = 503, body = Problem)))]
@@ -98,8 +104,9 @@ async fn confirm(
     let step = pending.as_deref().and_then(|sealed| step(&app, user.id, sealed, &body.code));
     let step = step.ok_or_else(wrong)?;
     app.throttle.forgive(from.0, &caller.user.name);
-    let name = user.name.clone();
+    let (name, epoch) = (user.name.clone(), user.token_epoch);
     let mut row = user.into_active_model();
+    row.token_epoch = Set(epoch + 1);
     (row.totp_secret, row.totp_pending, row.totp_step) = (Set(pending), Set(None), Set(step));
     row.update(db).await?;
     edit.commit(Change::new("auth.totp_confirm", name)).await?;

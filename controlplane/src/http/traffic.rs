@@ -5,11 +5,12 @@ use std::{collections::HashMap, time::Duration};
 use axum::{
     Json,
     extract::State,
+    http::StatusCode,
     response::sse::{Event, Sse},
 };
 use sea_orm::{ColumnTrait, ConnectionTrait, DbErr, EntityTrait, QueryFilter, QueryOrder};
 use serde::Serialize;
-use tokio::sync::mpsc;
+use tokio::sync::{Semaphore, mpsc};
 use tokio_stream::{Stream, wrappers::ReceiverStream};
 use utoipa::ToSchema;
 use utoipa_axum::{router::OpenApiRouter, routes};
@@ -21,6 +22,8 @@ use crate::{
     usage::sums,
 };
 
+/// Who may watch at once.
+const VIEWERS_MAX: usize = 32;
 const SECOND: Duration = Duration::from_secs(1);
 /// A heartbeat so old says nothing of now, in microseconds.
 const RECENT: i64 = 15_000_000;
@@ -90,10 +93,17 @@ async fn live(
     State(app): State<App>,
     Admin(caller): Admin,
 ) -> Result<Sse<impl Stream<Item = std::result::Result<Event, axum::Error>>>> {
+    static VIEWERS: Semaphore = Semaphore::const_new(VIEWERS_MAX);
+    let place = VIEWERS.try_acquire().map_err(|_| {
+        let detail = "too many watch already; close another";
+        Problem::new(StatusCode::SERVICE_UNAVAILABLE, detail)
+    })?;
     present(app.store.db()).await?;
     let (sender, events) = mpsc::channel(1);
     tokio::spawn(async move {
         let mut tick = tokio::time::interval(SECOND);
+        tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        let _place = place;
         loop {
             tick.tick().await;
             // The database may be away for a moment.

@@ -594,8 +594,10 @@ async fn update(
     }
     row.updated_at = Set(now());
     let user = row.update(db).await?;
-    if user.quota_bytes.is_some() && user.quota_period != old.quota_period {
-        crate::usage::begin(db, &user).await?;
+    if let Some(period) = user.quota_period.as_deref()
+        && user.quota_period != old.quota_period
+    {
+        crate::usage::begin(db, period, Some(id)).await?;
     }
     keep_an_admin(db).await?;
     let change = Change::new("user.update", &user.name).old(&audited(&old));

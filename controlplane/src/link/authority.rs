@@ -9,18 +9,12 @@ use rcgen::{
     BasicConstraints, CertificateParams, CertifiedIssuer, DistinguishedName, DnType, IsCa, KeyPair,
     KeyUsagePurpose,
 };
-use sea_orm::{DbErr, EntityTrait, Set, sea_query::OnConflict};
 use time::{Duration, OffsetDateTime};
 
-use crate::{
-    auth::secret_file_with,
-    store::{Store, entity::setting},
-};
+use crate::auth::secret_file_with;
 
 /// The file of its key in the state directory. Control planes of one database share it.
 const FILE: &str = "link-authority.key";
-/// What the database knows of it.
-const SETTING: &str = "link_authority";
 /// How long certificates are good; a node is let go by revoking it.
 const LIFE: Duration = Duration::days(3650);
 
@@ -70,20 +64,9 @@ impl Authority {
         Ok(Self(CertifiedIssuer::self_signed(params, key)?))
     }
 
-    /// Whether this is the authority of a database; the first one that asks is.
-    ///
-    /// # Errors
-    /// The database fails.
-    pub async fn is_of(&self, store: &Store) -> Result<bool, DbErr> {
-        let own = serde_json::Value::String(fingerprint(self.0.key().public_key_raw())).to_string();
-        let row = setting::ActiveModel { name: Set(SETTING.into()), value: Set(own.clone()) };
-        let first = OnConflict::column(setting::Column::Name)
-            .do_nothing_on([setting::Column::Name])
-            .to_owned();
-        let insert = setting::Entity::insert(row).on_conflict(first);
-        insert.exec_without_returning(store.db()).await?;
-        let known = setting::Entity::find_by_id(SETTING).one(store.db()).await?;
-        Ok(known.is_some_and(|known| known.value == own))
+    /// What tells its key from others.
+    pub fn known_by(&self) -> String {
+        fingerprint(self.0.key().public_key_raw())
     }
 
     /// A new identity of a node.

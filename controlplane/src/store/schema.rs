@@ -320,7 +320,7 @@ impl MigrationTrait for First {
     async fn up(&self, manager: &SchemaManager) -> Result<(), DbErr> {
         for mut table in tables() {
             if manager.get_database_backend() == sea_orm::DatabaseBackend::MySql {
-                // Names differ by every byte, as they do in SQLite.
+                // Names differ by every byte, as they do in SQLite, but for spaces at the end.
                 table.character_set("utf8mb4").collate("utf8mb4_bin");
             }
             manager.create_table(table).await?;

@@ -7,7 +7,10 @@ use std::{
     os::unix::net::{UnixListener, UnixStream},
     path::{Path, PathBuf},
     process::Command,
-    sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicU64, Ordering::Relaxed},
+    },
     thread,
     time::{Duration, Instant},
 };
@@ -17,12 +20,14 @@ use serde_json::{Value, json};
 
 use crate::{
     accounting::transfer,
-    support::{Planes, await_some, echo, on_each, on_server, pause, ping},
+    support::{Gate, Planes, await_some, echo, on_each, on_own_server, pause, ping},
 };
 
 /// A way between a node and the control plane on which acknowledgements are lost (with the connection, as
 /// a stream loses them), repeated and late.
-fn mangler(socket: PathBuf, path: &Path) {
+fn mangler(socket: PathBuf, path: &Path) -> Arc<[AtomicU64; 3]> {
+    let counts = Arc::<[AtomicU64; 3]>::default();
+    let counted = counts.clone();
     let listener = UnixListener::bind(path).unwrap();
     thread::spawn(move || {
         let mut seed = 1;
@@ -34,12 +39,14 @@ fn mangler(socket: PathBuf, path: &Path) {
                 let _ = std::io::copy(&mut from, &mut to);
                 let _ = to.shutdown(Shutdown::Both);
             });
-            thread::spawn(move || mangle(plane, node, seed));
+            let counts = counts.clone();
+            thread::spawn(move || mangle(plane, node, seed, &counts));
         }
     });
+    counted
 }
 
-fn mangle(mut from: UnixStream, mut to: UnixStream, seed: u64) {
+fn mangle(mut from: UnixStream, mut to: UnixStream, seed: u64, counts: &[AtomicU64; 3]) {
     let mut dice = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15);
     let mut decoder = Decoder::default();
     let mut bytes = vec![0; 64 * 1024];
@@ -53,12 +60,17 @@ fn mangle(mut from: UnixStream, mut to: UnixStream, seed: u64) {
             let mut frames = vec![message];
             match (dice >> 33) % 10 {
                 0..3 if is_ack => {
+                    counts[0].fetch_add(1, Relaxed);
                     let _ = to.shutdown(Shutdown::Both);
                     let _ = from.shutdown(Shutdown::Both);
                     return;
                 }
-                3..6 if is_ack => frames.push(frames[0].clone()),
+                3..6 if is_ack => {
+                    counts[1].fetch_add(1, Relaxed);
+                    frames.push(frames[0].clone());
+                }
                 6..8 if is_ack && late.is_none() => {
+                    counts[2].fetch_add(1, Relaxed);
                     late = frames.pop();
                     continue;
                 }
@@ -79,10 +91,12 @@ fn mangle(mut from: UnixStream, mut to: UnixStream, seed: u64) {
 fn acknowledgements_may_be_lost_repeated_and_late() {
     on_each(|planes| {
         let way = planes.folder.path().join("mangled");
-        mangler(planes.folder.path().join("control/control.sock"), &way);
+        let mangled = mangler(planes.folder.path().join("control/control.sock"), &way);
         let node = planes.node_by("edge", &format!("connect = 'unix:{}'", way.display()));
         let target = echo();
-        let id = planes.user("ann", json!({}));
+        // A quota, so that leases are asked for and granted too.
+        let limits = json!({ "quota_bytes": 1_000_000_000, "quota_period": "total" });
+        let id = planes.user("ann", json!({ "limits": limits }));
         await_some("tunnel", || node.tunnel("ann", target).ok());
         let (mut moved, mut sessions) = (0, 1);
         let began = Instant::now();
@@ -98,6 +112,8 @@ fn acknowledgements_may_be_lost_repeated_and_late() {
         await_some("records", || (logs() >= Some(sessions as u64)).then_some(()));
         pause(Duration::from_millis(3000));
         assert_eq!((planes.used(&id), logs()), (moved, Some(sessions as u64)));
+        let mangled = mangled.each_ref().map(|count| count.load(Relaxed));
+        assert!(mangled.iter().all(|count| *count > 0), "{mangled:?}");
     });
 }
 
@@ -192,19 +208,17 @@ fn a_full_disk_is_told_and_survived() {
 /// RELIABILITY D9: the database takes no changes for a while, as after a failover to a replica.
 #[test]
 fn a_database_that_only_reads_is_waited_for() {
-    on_server(|url, socket| {
+    on_own_server(|url, socket| {
         let sql = |text: &str| {
             let done = Command::new("mariadb")
                 .args(["--no-defaults", "-u", "root", "-S", socket, "-e", text])
                 .status();
             assert!(done.unwrap().success(), "{text}");
         };
-        let name = url.rsplit('/').find(|part| part.contains("?socket=")).unwrap();
-        let name = name.split('?').next().unwrap();
         // read_only does not bind root.
-        sql(&format!(
-            "CREATE USER plain@localhost IDENTIFIED BY 'plain'; GRANT ALL ON {name}.* TO plain@localhost"
-        ));
+        sql(
+            "CREATE USER plain@localhost IDENTIFIED BY 'plain'; GRANT ALL ON culvert.* TO plain@localhost",
+        );
         let planes = Planes::start(Some(url.replace("root@", "plain:plain@")));
         let (node, target) = (planes.node("edge"), echo());
         let id = planes.user("ann", json!({}));
@@ -224,6 +238,35 @@ fn a_database_that_only_reads_is_waited_for() {
         await_some(&format!("{moved} bytes"), || (planes.used(&id) >= moved).then_some(()));
         pause(Duration::from_millis(1500));
         assert_eq!(planes.used(&id), moved);
-        sql("DROP USER plain@localhost");
+    });
+}
+
+/// RELIABILITY D9: connections that were made to a server that has become a replica are not kept.
+#[test]
+fn connections_to_what_was_the_primary_are_not_kept() {
+    on_own_server(|url, socket| {
+        let sql = |text: &str| {
+            let done = Command::new("mariadb")
+                .args(["--no-defaults", "-u", "root", "-S", socket, "-e", text])
+                .status();
+            assert!(done.unwrap().success(), "{text}");
+        };
+        let folder = tempfile::tempdir().unwrap();
+        let gate = Gate::before(socket, folder.path());
+        let planes = Planes::start(Some(url.replace(socket, gate.path.to_str().unwrap())));
+        // Connections made now only read, for as long as they last.
+        sql("SET GLOBAL tx_read_only = 1");
+        gate.close();
+        gate.open();
+        let new = json!({ "name": "bob", "password": "a long password" });
+        await_some("refusal", || {
+            let (status, said) = planes.ask("POST", "/users", Some(&new));
+            assert_eq!(status, 503, "{said}");
+            said["detail"].as_str().unwrap().contains("takes no changes").then_some(())
+        });
+        sql("SET GLOBAL tx_read_only = 0");
+        let began = Instant::now();
+        await_some("change", || (planes.ask("POST", "/users", Some(&new)).0 == 201).then_some(()));
+        assert!(began.elapsed() < Duration::from_secs(5));
     });
 }

@@ -182,12 +182,19 @@ fn a_large_policy_and_many_records_pass_each_other() {
         node.program.kill();
         std::fs::remove_file(node.dir.join("snapshot")).unwrap();
         planes.restart_control();
-        for number in 0..500 {
+        let value = |number: u32| {
             let value = format!("{}{number}.example", "a".repeat(60).as_str());
-            let value = [value.as_str(); 8].join("|");
-            let body = json!({ "action": "deny", "kind": "domain_regex", "value": value });
-            planes.must("POST", "/filters", body);
-        }
+            [value.as_str(); 8].join("|")
+        };
+        let values: Vec<String> = (0..500).map(value).collect();
+        let body = json!({ "action": "deny", "kind": "domain_regex", "values": values });
+        planes.must("POST", "/filters/import", body);
+        // Each by itself fits, but no node would take so many of them.
+        let large = |number: u32| format!("{number}(abcdefghij){{200}}");
+        let values: Vec<String> = (0..2000).map(large).collect();
+        let body = json!({ "action": "deny", "kind": "domain_regex", "values": values });
+        let (status, said) = planes.ask("POST", "/filters/import", Some(&body));
+        assert!(status == 422 && said["detail"].as_str().unwrap().contains("together"), "{said}");
         planes.again(&mut node);
         node.program.await_line("policy followed");
         await_some("records in the database", || {

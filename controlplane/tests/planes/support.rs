@@ -139,6 +139,31 @@ pub fn on_server(test: impl Fn(String, &str)) {
     }
 }
 
+/// Runs a test on a database server of its own, whose settings it may change, if there is one at all.
+pub fn on_own_server(test: impl Fn(&str, &str)) {
+    if std::env::var("TEST_MYSQL").is_err() {
+        return;
+    }
+    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("../scripts/mariadb");
+    let mut server = Command::new(script)
+        .args(["sh", "-c", "echo \"$TEST_MYSQL\"; cat"])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut url = String::new();
+    BufReader::new(server.stdout.take().unwrap()).read_line(&mut url).unwrap();
+    let url = url.trim();
+    let (_, socket) = url.split_once("socket=").unwrap();
+    let tested = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| test(url, socket)));
+    // It ends with its input.
+    drop(server.stdin.take());
+    server.wait().unwrap();
+    if let Err(panic) = tested {
+        std::panic::resume_unwind(panic);
+    }
+}
+
 /// The address of a new database on the server, and the server's socket, if there is a server.
 fn new_database() -> Option<(String, String)> {
     static NUMBER: AtomicUsize = AtomicUsize::new(0);

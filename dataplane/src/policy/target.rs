@@ -4,16 +4,14 @@ use std::{collections::HashSet, net::IpAddr};
 
 use aho_corasick::AhoCorasick;
 use culvert_api::policy::PortRange;
-use culvert_api::policy::check_pattern;
+use culvert_api::policy::{check_pattern, pattern_set};
 use culvert_proto::{Host, Name, Target};
 use ipnet::IpNet;
 use prefix_trie::joint::set::JointPrefixSet;
-use regex::{RegexSet, RegexSetBuilder};
+use regex::RegexSet;
 
 /// Sets up to this size are searched one by one.
 const SMALL: usize = 8;
-/// Bytes of program one list of regular expressions may compile to.
-const REGEX_BYTES_MAX: usize = 10 << 20;
 
 /// Targets given by names and addresses.
 #[derive(Debug, Default)]
@@ -100,7 +98,7 @@ impl TargetSet {
             }
             nets.extend(lists.cidr.iter().copied());
         }
-        let patterns = match patterns_of(&patterns) {
+        let patterns = match pattern_set(&patterns) {
             Ok(patterns) => patterns,
             Err(message) => {
                 problems.push((0, BadEntry { list: "domain_regex", index: 0, message }));
@@ -154,19 +152,6 @@ fn name(text: &str) -> Result<Box<str>, String> {
         return Err("an address, which no name is; list it in `cidr`".to_owned());
     }
     Name::parse(text).map(|name| name.as_str().into()).map_err(|error| error.to_string())
-}
-
-fn patterns_of(patterns: &[&str]) -> Result<Option<RegexSet>, String> {
-    if patterns.is_empty() {
-        return Ok(None);
-    }
-    let set = RegexSetBuilder::new(patterns)
-        .case_insensitive(true)
-        .size_limit(REGEX_BYTES_MAX)
-        .dfa_size_limit(REGEX_BYTES_MAX)
-        .nest_limit(32)
-        .build();
-    set.map(Some).map_err(|_| "the expressions are too large together; use fewer".to_owned())
 }
 
 /// Names, searched by hash or one by one.

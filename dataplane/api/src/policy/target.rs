@@ -3,11 +3,13 @@
 
 use std::net::IpAddr;
 
-use super::Policy;
+use super::{Access, Policy};
 use crate::{Place, Problem};
 
 /// Size of one compiled expression in bytes, as nodes allow it.
 const PATTERN_MAX: usize = 256 << 10;
+/// Size of expressions that are searched for together.
+const PATTERNS_MAX: usize = 10 << 20;
 
 impl Policy {
     /// All names, expressions and redirects that no node would take; keys are relative to the policy.
@@ -51,6 +53,27 @@ impl Policy {
                 let message = format!("`{protocol}` is not socks5, socks4 or http");
                 say(format!("rule[{i}].when.protocol"), if known { Ok(()) } else { Err(message) });
             }
+        }
+        problems
+    }
+
+    /// Expressions that are too large together, though each by itself is not.
+    pub fn check_together(&self) -> Vec<Problem> {
+        let mut problems = Vec::new();
+        let mut say = |key: String, patterns: Vec<&str>| {
+            if let Err(message) = pattern_set(&patterns) {
+                problems.push(Problem::new(Place::Nowhere, key, message));
+            }
+        };
+        // A node gathers filters further, by their ports: what fits in all fits in parts.
+        for action in [Access::Deny, Access::Allow] {
+            let same = self.filter.iter().filter(|filter| filter.action == action);
+            let patterns = same.flat_map(|filter| &filter.domain_regex).map(String::as_str);
+            say("filter.domain_regex".into(), patterns.collect());
+        }
+        for (i, rule) in self.rule.iter().enumerate() {
+            let patterns = rule.when.domain_regex.iter().map(String::as_str);
+            say(format!("rule[{i}].when.domain_regex"), patterns.collect());
         }
         problems
     }
@@ -99,6 +122,23 @@ fn check_target(text: &str) -> Result<(), String> {
         None if host.parse::<std::net::Ipv4Addr>().is_ok() => Ok(()),
         None => check_name(host).map_err(|_| bad()),
     }
+}
+
+/// Expressions that are searched for together, each of which is good by itself; `None` without any.
+///
+/// # Errors
+/// They are too large together.
+pub fn pattern_set(patterns: &[&str]) -> Result<Option<regex::RegexSet>, String> {
+    if patterns.is_empty() {
+        return Ok(None);
+    }
+    let set = regex::RegexSetBuilder::new(patterns)
+        .case_insensitive(true)
+        .size_limit(PATTERNS_MAX)
+        .dfa_size_limit(PATTERNS_MAX)
+        .nest_limit(32)
+        .build();
+    set.map(Some).map_err(|_| "the expressions are too large together; use fewer".to_owned())
 }
 
 /// Each expression is checked by itself, so that the one at fault is named.
