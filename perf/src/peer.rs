@@ -148,7 +148,7 @@ impl Peer {
                 "no policy:\n{}",
                 peer.log()
             );
-            std::thread::sleep(Duration::from_millis(5));
+            std::thread::yield_now();
         }
         Ok(Some(peer))
     }

@@ -144,13 +144,13 @@ fn tokens_end_with_what_they_stand_for() {
 fn guesses_are_throttled() {
     on_each(|planes| {
         planes.user("ann", json!({}));
+        // MySQL takes names with spaces at the end for the same; they are nobody's.
+        planes.user("bob", json!({}));
+        assert_eq!(planes.login("bob ", PASSWORD), Err(401));
+        assert!(planes.login("bob", PASSWORD).is_ok());
         let answers: Vec<_> = (0..12).map(|_| planes.login("ann", "a wrong one")).collect();
         assert!(answers[..9].iter().all(|answer| *answer == Err(401)), "{answers:?}");
         assert_eq!(answers[11], Err(429));
-        // MySQL takes names with spaces at the end for the same; they are nobody's.
-        assert_eq!(planes.login("ann ", PASSWORD), Err(429));
-        planes.user("bob", json!({}));
-        assert_eq!(planes.login("bob ", PASSWORD).is_ok(), false);
     });
 }
 

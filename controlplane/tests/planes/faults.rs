@@ -15,12 +15,13 @@ use std::{
     time::{Duration, Instant},
 };
 
-use culvert_api::link::{Decoder, Down, down, encode};
+use culvert_api::link::{self, Decoder, Down, down, encode};
+use culvert_control::{store::Store, usage};
 use serde_json::{Value, json};
 
 use crate::{
     accounting::transfer,
-    support::{Gate, Planes, await_some, echo, on_each, on_own_server, pause, ping},
+    support::{Gate, Planes, await_some, echo, on_each, on_own_server, on_server, pause, ping},
 };
 
 /// A way between a node and the control plane on which acknowledgements are lost (with the connection, as
@@ -269,4 +270,60 @@ fn connections_to_what_was_the_primary_are_not_kept() {
         await_some("change", || (planes.ask("POST", "/users", Some(&new)).0 == 201).then_some(()));
         assert!(began.elapsed() < Duration::from_secs(5));
     });
+}
+
+/// RELIABILITY D10: writers that meet in the same rows, as nodes of several control planes do.
+#[test]
+fn reports_that_meet_are_all_applied_once() {
+    const WRITERS: u64 = 8;
+    const REPORTS: u64 = 60;
+    const USERS: u64 = 41;
+    let folder = tempfile::tempdir().unwrap();
+    let sqlite = format!("sqlite://{}?mode=rwc", folder.path().join("culvert.db").display());
+    let mut urls = vec![sqlite];
+    on_server(|url, _| urls.push(url));
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().unwrap();
+    for url in urls {
+        runtime.block_on(async {
+            // Two control planes of one database.
+            let stores =
+                [Store::connect(&url, 8).await.unwrap(), Store::connect(&url, 8).await.unwrap()];
+            stores[0].migrate().await.unwrap();
+            let write = |writer: u64| {
+                let store = stores[writer as usize % 2].clone();
+                tokio::spawn(async move {
+                    for sequence in 1..=REPORTS {
+                        // Each writer has its own order, and says everything twice.
+                        let usage = |n: u64| link::Usage {
+                            user: (n * (2 * writer + 1) + writer) % USERS + 1,
+                            up: sequence * 10,
+                            down: sequence,
+                            held: None,
+                        };
+                        let users = (0..USERS).map(usage).collect();
+                        let report = link::Report {
+                            boot: writer + 1,
+                            sequence,
+                            users,
+                            ..Default::default()
+                        };
+                        for _ in 0..2 {
+                            // What the database could not do, the node asks for again.
+                            while usage::apply(&store, writer as i64 + 1, &report).await.is_err() {}
+                        }
+                    }
+                })
+            };
+            let writers: Vec<_> = (0..WRITERS).map(write).collect();
+            for writer in writers {
+                writer.await.unwrap();
+            }
+            let [up, down] =
+                usage::sums(stores[0].db(), "user_usage WHERE period = 0").await.unwrap();
+            let of_each = (WRITERS * USERS * REPORTS) as i64;
+            assert_eq!((up, down), (10 * of_each, of_each));
+            let minutes = usage::sums(stores[1].db(), "traffic_logs").await.unwrap();
+            assert_eq!(minutes, [up, down]);
+        });
+    }
 }

@@ -133,7 +133,7 @@ pub fn on_each(test: impl Fn(Planes)) {
 
 /// Runs a test on the database server, if there is one: with the address of a database of its own, and
 /// the server's socket.
-pub fn on_server(test: impl Fn(String, &str)) {
+pub fn on_server(test: impl FnOnce(String, &str)) {
     if let Some((url, socket)) = new_database() {
         test(url, &socket);
     }
