@@ -292,7 +292,7 @@ struct Answer {
 /// What would be decided of a request, and by which rule. A node that is connected here is asked: it resolves
 /// names as it would for a client.
 #[utoipa::path(post, path = "/rules/test", tag = "rules", request_body = Question,
-    responses((status = 200, body = Answer), (status = 400, body = Problem), (status = 401, body = Problem), (status = 403, body = Problem),
+    responses((status = 200, body = Answer), (status = 400, body = Problem), (status = 401, body = Problem), (status = 403, body = Problem), (status = 409, body = Problem),
         (status = 415, body = Problem), (status = 422, body = Problem), (status = 503, body = Problem)))]
 async fn test(
     State(app): State<App>,
@@ -331,7 +331,7 @@ struct Filtered {
 /// Whether the filters refuse a target, by its name or by an address it resolves to, as
 /// `POST /rules/test` finds out.
 #[utoipa::path(post, path = "/filters/test", tag = "filters", request_body = Tested,
-    responses((status = 200, body = Filtered), (status = 400, body = Problem), (status = 401, body = Problem), (status = 403, body = Problem),
+    responses((status = 200, body = Filtered), (status = 400, body = Problem), (status = 401, body = Problem), (status = 403, body = Problem), (status = 409, body = Problem),
         (status = 415, body = Problem), (status = 422, body = Problem), (status = 503, body = Problem)))]
 async fn test_filters(
     State(app): State<App>,
@@ -363,7 +363,7 @@ async fn explain(app: &App, question: Question) -> Result<culvert_api::link::Exp
     let nobody = || {
         let detail =
             "no node that is connected to this control plane answers; start one, or ask the other";
-        Problem::new(StatusCode::SERVICE_UNAVAILABLE, detail)
+        Problem::new(StatusCode::CONFLICT, detail)
     };
     let said = app.hub.explain(explain).await.ok_or_else(nobody)?;
     if said.problem.is_empty() { Ok(said) } else { Err(Problem::invalid(said.problem)) }

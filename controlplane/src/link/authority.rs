@@ -25,7 +25,7 @@ pub struct Authority(CertifiedIssuer<'static, KeyPair>);
 pub struct Issued {
     /// Its private key, its certificate and the authority's, as PEM.
     pub pem: String,
-    /// [`fingerprint`] of the certificate.
+    /// The hash of the certificate.
     pub fingerprint: String,
 }
 

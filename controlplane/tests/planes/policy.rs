@@ -273,7 +273,7 @@ fn a_node_says_what_it_would_decide() {
         let question =
             |target: &str| json!({ "user": "ann", "client": "192.0.2.7", "target": target });
         let test = |target: &str| planes.must("POST", "/rules/test", question(target));
-        assert_eq!(planes.ask("POST", "/rules/test", Some(&question("a.example:1"))).0, 503);
+        assert_eq!(planes.ask("POST", "/rules/test", Some(&question("a.example:1"))).0, 409);
         let node = planes.node("edge");
         planes.user("ann", json!({ "groups": ["staff"] }));
         let when = json!({ "group": ["staff"], "domain_suffix": ["work.example"] });
