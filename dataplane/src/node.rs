@@ -5,11 +5,12 @@
 
 mod explain;
 mod reload;
+mod state;
 
 use std::{
     net::SocketAddr,
     os::fd::OwnedFd,
-    path::{Path, PathBuf},
+    path::PathBuf,
     sync::{
         Arc, Mutex, PoisonError,
         atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering::Relaxed},
@@ -39,9 +40,7 @@ use crate::{
     ledger::{Bytes, Direction, Map, Region},
     link::Follower,
     log::AccessLog,
-    policy::{
-        LoginPool, OwnAddresses, RememberKey, Snapshot, Table, Throttles, UserId, UserUse, compile,
-    },
+    policy::{LoginPool, OwnAddresses, Snapshot, Table, Throttles, UserId, UserUse, compile},
     session::LiveInfo,
     telemetry::WorkerCounters,
     upstream::{LOOKUPS_MAX, Resolver},
@@ -168,7 +167,7 @@ impl Node {
             listeners: bound.iter().copied().chain(config.admin).collect(),
             local: culvert_rt::local_addresses(),
         };
-        let key = remember_key(config.state_dir.as_deref())?;
+        let key = state::remember_key(config.state_dir.as_deref())?;
         let boot = boot_number();
         let following = config.control.is_some();
         // A node without a control plane counts for its metrics and records only.
@@ -218,7 +217,7 @@ impl Node {
             resolver: Resolver::start(&config.resolver)?,
             draining: AtomicBool::new(false),
         });
-        recall(&shared.snapshot.load(), config.state_dir.as_deref());
+        state::recall(&shared.snapshot.load(), config.state_dir.as_deref());
         let mut workers = Vec::new();
         for (index, sockets) in sockets.into_iter().enumerate() {
             let region = map.region(index);
@@ -470,25 +469,11 @@ impl Node {
                 tokio::time::sleep(Duration::from_millis(5)).await;
             }
         }
-        self.keep_remembered();
+        if let Some(dir) = &self.state_dir {
+            state::keep_remembered(dir, &self.shared.snapshot.load());
+        }
         tracing::info!(cut, "drained");
         self.access.end();
-    }
-
-    /// Keeps which passwords were found right, as keyed hashes, so that a restart hashes none again.
-    fn keep_remembered(&self) {
-        let Some(path) = self.state_dir.as_deref().map(remembered_path) else { return };
-        let snapshot = self.shared.snapshot.load();
-        let mut bytes = Vec::new();
-        for user in snapshot.directory.users() {
-            if let Some(remembered) = user.credential.remembered() {
-                bytes.extend_from_slice(&user.credential.digest());
-                bytes.extend_from_slice(&remembered);
-            }
-        }
-        if let Err(error) = write_private(&path, &bytes) {
-            tracing::warn!(path = %path.display(), %error, "remembered logins are not kept");
-        }
     }
 }
 
@@ -500,64 +485,6 @@ fn boot_number() -> u64 {
     // Two boots of one number would be one; without entropy none may begin.
     getrandom::fill(&mut bytes).expect("the kernel gives random bytes");
     u64::from_le_bytes(bytes)
-}
-
-/// A digest of the password hash, and what is remembered of the password.
-const REMEMBERED_ENTRY: usize = 32 + 32;
-
-fn remembered_path(state_dir: &Path) -> PathBuf {
-    state_dir.join("remembered-logins")
-}
-
-fn write_private(path: &Path, bytes: &[u8]) -> std::io::Result<()> {
-    use std::{io::Write, os::unix::fs::OpenOptionsExt};
-    let mut options = std::fs::OpenOptions::new();
-    options.write(true).create(true).truncate(true).mode(0o600).open(path)?.write_all(bytes)
-}
-
-/// Takes back what was kept, for users whose password hash is still the same.
-fn recall(snapshot: &Snapshot, state_dir: Option<&Path>) {
-    let Some(bytes) = state_dir.and_then(|dir| std::fs::read(remembered_path(dir)).ok()) else {
-        return;
-    };
-    let known: std::collections::HashMap<[u8; 32], [u8; 32]> = bytes
-        .chunks_exact(REMEMBERED_ENTRY)
-        .filter_map(|entry| {
-            let (digest, remembered) = entry.split_at(32);
-            Some((digest.try_into().ok()?, remembered.try_into().ok()?))
-        })
-        .collect();
-    for user in snapshot.directory.users() {
-        if let Some(remembered) = known.get(&user.credential.digest()) {
-            user.credential.recall(*remembered);
-        }
-    }
-}
-
-/// Two nodes in one folder would take each other's sockets and files. The lock lasts as long as the
-/// process.
-fn lock(dir: &Path) -> anyhow::Result<()> {
-    let path = dir.join("lock");
-    let file = std::fs::File::create(&path)
-        .map_err(|error| anyhow::anyhow!("{}: {error}", path.display()))?;
-    file.try_lock().map_err(|_| {
-        anyhow::anyhow!("{}: another node runs in this folder; set node.state_dir", path.display())
-    })?;
-    std::mem::forget(file);
-    Ok(())
-}
-
-fn remember_key(state_dir: Option<&Path>) -> anyhow::Result<RememberKey> {
-    let Some(dir) = state_dir else { return Ok(RememberKey::random()) };
-    std::fs::create_dir_all(dir).map_err(|error| {
-        anyhow::anyhow!(
-            "{}: {error}; set node.state_dir to a folder this user may write",
-            dir.display()
-        )
-    })?;
-    lock(dir)?;
-    let path = dir.join("credential.key");
-    RememberKey::load(&path).map_err(|error| anyhow::anyhow!("{}: {error}", path.display()))
 }
 
 /// How many sessions fit: as asked, but no more than the descriptors allow.

@@ -327,3 +327,53 @@ fn reports_that_meet_are_all_applied_once() {
         });
     }
 }
+
+/// Two control planes of one database, each with a node under load: each dies and returns, edits go on
+/// by the other, and nothing is lost.
+#[test]
+fn each_of_two_control_planes_dies_and_returns_under_load() {
+    on_server(|url, _| {
+        let first = Planes::start(Some(url));
+        let mut planes = [first.second(), first];
+        let nodes = [planes[0].node("one"), planes[1].node("two")];
+        let target = echo();
+        let id = planes[0].user("ann", json!({}));
+        for node in &nodes {
+            await_some("tunnel", || node.tunnel("ann", target).ok());
+        }
+        let (over, moved) = (AtomicBool::new(false), AtomicU64::new(0));
+        thread::scope(|scope| {
+            for (node, size) in [(0, 900), (0, 150_000), (1, 70), (1, 60_000)] {
+                let (node, over, moved) = (&nodes[node], &over, &moved);
+                scope.spawn(move || {
+                    while !over.load(Relaxed) {
+                        moved.fetch_add(transfer(node, "ann", target, size), Relaxed);
+                    }
+                });
+            }
+            for round in 0..4 {
+                let (dies, stays) = (round % 2, 1 - round % 2);
+                pause(Duration::from_millis(300));
+                planes[dies].control.kill();
+                let name = format!("user {round}");
+                planes[stays].user(&name, json!({}));
+                await_some("edit", || nodes[stays].tunnel(&name, target).ok());
+                planes[dies].restart_control();
+                // Its node comes back, and follows what was done meanwhile; so do kicks by the other.
+                if dies == 0 {
+                    nodes[0].program.await_line("control plane connected");
+                }
+                let id = planes[dies].must("GET", &format!("/users?q=user%20{round}"), Value::Null);
+                let id = id["items"][0]["id"].as_str().unwrap().to_owned();
+                let mut stream = await_some("edit", || nodes[dies].tunnel(&name, target).ok());
+                planes[stays].must("DELETE", &format!("/online/users/{id}"), Value::Null);
+                assert!(!matches!(stream.read(&mut [0]), Ok(1..)));
+            }
+            over.store(true, Relaxed);
+        });
+        let moved = moved.load(Relaxed);
+        await_some(&format!("{moved} bytes"), || (planes[1].used(&id) >= moved).then_some(()));
+        pause(Duration::from_millis(1500));
+        assert_eq!((planes[0].used(&id), planes[1].used(&id)), (moved, moved));
+    });
+}

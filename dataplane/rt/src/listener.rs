@@ -1,7 +1,7 @@
 //! Listening sockets: bound once by the node, one a worker (SO_REUSEPORT), accepted by readiness.
 
 use std::{
-    cell::{Cell, RefCell},
+    cell::RefCell,
     io,
     net::{IpAddr, SocketAddr},
     os::fd::{FromRawFd, OwnedFd},
@@ -62,7 +62,6 @@ pub struct Listener {
     /// Given up for a moment when descriptors run out, so that one client can be accepted and closed
     /// instead of waiting in the queue for ever.
     spare: RefCell<Option<OwnedFd>>,
-    exhausted: Cell<u64>,
 }
 
 /// A client that was accepted.
@@ -76,11 +75,7 @@ pub struct Accepted {
 impl Listener {
     /// Takes a listening socket into the calling worker's driver.
     pub fn from_fd(fd: OwnedFd) -> io::Result<Self> {
-        Ok(Self {
-            socket: Socket::from_fd(fd)?,
-            spare: RefCell::new(spare()),
-            exhausted: Cell::new(0),
-        })
+        Ok(Self { socket: Socket::from_fd(fd)?, spare: RefCell::new(spare()) })
     }
 
     /// Waits until a client is in the queue. Holds nothing; may be dropped.
@@ -115,7 +110,6 @@ impl Listener {
     /// After [`Listener::accept`] failed: closes one waiting client by means of the spare descriptor,
     /// then waits a moment, so that a worker without descriptors neither spins nor lets clients hang.
     pub async fn back_off(&self) {
-        self.exhausted.set(self.exhausted.get() + 1);
         drop(self.spare.take());
         drop(accept4(self.socket.raw_fd()));
         self.spare.replace(spare());
@@ -125,11 +119,6 @@ impl Listener {
     /// The bound address.
     pub fn local_addr(&self) -> io::Result<SocketAddr> {
         self.socket.local_addr()
-    }
-
-    /// How often [`Listener::back_off`] ran.
-    pub fn exhausted_total(&self) -> u64 {
-        self.exhausted.get()
     }
 }
 

@@ -116,14 +116,6 @@ impl Table {
         self.entries[entry].until.fetch_update(AcqRel, Acquire, spend).is_ok()
     }
 
-    /// Whether [`Table::spend`] would refuse.
-    pub fn is_spent(&self, key: impl Hash, price: u64, budget: u64, now: u64) -> bool {
-        let hash = self.hasher.hash_one(key);
-        self.find(hash).is_some_and(|entry| {
-            self.entries[entry].until.load(Acquire).max(now) + price > now + budget
-        })
-    }
-
     /// Takes an event back.
     pub fn refund(&self, key: impl Hash, price: u64) {
         if let Some(entry) = self.find(self.hasher.hash_one(key)) {
@@ -256,7 +248,6 @@ mod tests {
         let table = Table::new(100);
         let spent = |now| (0..100).filter(|_| table.spend("x", 12, 120, now)).count();
         assert_eq!(spent(1_000), 10);
-        assert!(table.is_spent("x", 12, 120, 1_000) && !table.is_spent("y", 12, 120, 1_000));
         table.refund("x", 12);
         assert_eq!(spent(1_000), 1);
         assert_eq!(spent(1_000 + 24), 2);
