@@ -18,9 +18,16 @@ mod usage;
 mod users;
 mod whitelist;
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
-use axum::{Router, http::StatusCode, response::IntoResponse, routing::get};
+use axum::{
+    Router,
+    extract::Request,
+    http::StatusCode,
+    middleware::{self, Next},
+    response::{IntoResponse, Response},
+    routing::get,
+};
 use utoipa::{
     Modify, OpenApi,
     openapi::security::{HttpAuthScheme, HttpBuilder, SecurityScheme},
@@ -43,6 +50,9 @@ use crate::{
 
 /// Longest body in bytes of what is not an import.
 const BODY_MAX: usize = 1 << 20;
+/// How long a request may take, and one that hashes many passwords.
+const REQUEST_TIME: Duration = Duration::from_secs(10);
+const IMPORT_TIME: Duration = Duration::from_secs(120);
 
 /// What every handler has.
 #[derive(Clone)]
@@ -161,5 +171,19 @@ pub fn router(app: App) -> Router {
             Problem::new(StatusCode::METHOD_NOT_ALLOWED, "not here").into_response()
         })
         .layer(axum::extract::DefaultBodyLimit::max(BODY_MAX))
+        .layer(middleware::from_fn(in_time))
         .with_state(app)
+}
+
+/// A database that hangs must not hang everybody who asks. Answers that are streamed have begun in time.
+async fn in_time(request: Request, next: Next) -> Response {
+    let hashes = request.uri().path().ends_with("/users/import");
+    let time = if hashes { IMPORT_TIME } else { REQUEST_TIME };
+    match tokio::time::timeout(time, next.run(request)).await {
+        Ok(response) => response,
+        Err(_) => {
+            let detail = "the database does not answer; nothing was changed unless it did meanwhile; try again";
+            Problem::new(StatusCode::SERVICE_UNAVAILABLE, detail).into_response()
+        }
+    }
 }

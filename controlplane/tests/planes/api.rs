@@ -419,3 +419,46 @@ fn what_moves_is_told_as_it_happens() {
         assert!(lines.filter(|line| line.starts_with("data:")).count() < 4);
     });
 }
+
+/// RELIABILITY H8: what is secret is nowhere as it is.
+#[test]
+fn no_secret_lies_about() {
+    const CANARY: &str = "canary-7f3a91c2-secret";
+    on_each(|planes| {
+        let node = planes.node("edge");
+        let id = planes.user("ann", json!({ "password": CANARY }));
+        let target = echo();
+        await_some("tunnel", || node.tunnel_with("ann", CANARY, target).ok());
+        let token = planes.login("ann", CANARY).unwrap();
+        let change = json!({ "old_password": CANARY, "new_password": format!("{CANARY}-2") });
+        assert_eq!(planes.ask_as(&token, "POST", "/auth/password", Some(&change)).0, 204);
+        let enrolled = planes.must("POST", "/proxy/nodes", json!({ "name": "afar" }));
+        let key = enrolled["identity"].as_str().unwrap().lines().nth(1).unwrap().to_owned();
+        let admin = planes.admin_password();
+        let (_, backup) = planes.command(&["backup"], "");
+        let audit = planes.raw(&planes.token, "GET", "/api/v1/logs/audit/export.csv", None).1;
+        let user = planes.must("GET", &format!("/users/{id}"), Value::Null).to_string();
+        let mut told = vec![backup, audit, user];
+        let folders = [planes.folder.path().join("control"), node.dir.clone()];
+        for file in folders.iter().flat_map(|folder| std::fs::read_dir(folder).unwrap().flatten()) {
+            // Keys are kept in files of their own, and the first admin's password until it is changed.
+            let name = file.file_name().to_string_lossy().into_owned();
+            if file.file_type().unwrap().is_file()
+                && !name.ends_with(".key")
+                && name != "initial-admin"
+            {
+                told.push(
+                    String::from_utf8_lossy(&std::fs::read(file.path()).unwrap()).into_owned(),
+                );
+            }
+        }
+        for program in [planes.control.id(), node.program.id()] {
+            let line = std::fs::read(format!("/proc/{program}/cmdline")).unwrap();
+            told.push(String::from_utf8_lossy(&line).into_owned());
+        }
+        told.extend([planes.control.lines(), node.program.lines()]);
+        for secret in [CANARY, &token, &key, &admin] {
+            assert!(told.iter().all(|text| !text.contains(secret)), "{secret}");
+        }
+    });
+}

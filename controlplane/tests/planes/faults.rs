@@ -377,3 +377,51 @@ fn each_of_two_control_planes_dies_and_returns_under_load() {
         assert_eq!((planes[0].used(&id), planes[1].used(&id)), (moved, moved));
     });
 }
+
+/// A database that hangs: requests are told in time, sessions go on, and all is there when it wakes.
+#[test]
+fn a_database_that_hangs_is_told_in_time() {
+    on_own_server(|url, socket| {
+        let planes = Planes::start(Some(url.to_owned()));
+        let (node, target) = (planes.node("edge"), echo());
+        let id = planes.user("ann", json!({}));
+        await_some("tunnel", || node.tunnel("ann", target).ok());
+        let mut moved = transfer(&node, "ann", target, 1000);
+        let pid = fs::read_to_string(Path::new(socket).with_file_name("pid")).unwrap();
+        let signal = |signal: &str| {
+            assert!(Command::new("kill").args([signal, pid.trim()]).status().unwrap().success());
+        };
+        signal("-STOP");
+        let began = Instant::now();
+        let (status, said) = planes.ask("GET", "/users", None);
+        let waited = began.elapsed();
+        moved += transfer(&node, "ann", target, 300_000);
+        signal("-CONT");
+        assert_eq!(status, 503, "{said}");
+        assert!(waited < Duration::from_secs(12), "{waited:?}");
+        // One that answers, but not this.
+        let mut locks = Command::new("mariadb")
+            .args(["--no-defaults", "-u", "root", "-S", socket, "-e"])
+            .arg("LOCK TABLES culvert.users WRITE; DO SLEEP(60)")
+            .spawn()
+            .unwrap();
+        let refused = || {
+            let began = Instant::now();
+            (planes.ask("GET", "/users", None).0 == 503).then(|| began.elapsed())
+        };
+        let waited = await_some("refusal", refused);
+        assert!(waited < Duration::from_secs(12), "{waited:?}");
+        locks.kill().unwrap();
+        locks.wait().unwrap();
+        // The server notices only when the lock's holder would have said something.
+        let holders = "SELECT CONCAT('KILL ', id) FROM information_schema.processlist WHERE info LIKE '%SLEEP(60)%'";
+        let ends = format!(
+            "mariadb --no-defaults -u root -S {socket} -N -e \"{holders} AND id <> CONNECTION_ID()\" | mariadb --no-defaults -u root -S {socket}"
+        );
+        assert!(Command::new("sh").args(["-c", &ends]).status().unwrap().success());
+        await_some("answer", || (planes.ask("GET", "/users", None).0 == 200).then_some(()));
+        await_some(&format!("{moved} bytes"), || (planes.used(&id) >= moved).then_some(()));
+        pause(Duration::from_millis(1500));
+        assert_eq!(planes.used(&id), moved);
+    });
+}

@@ -77,6 +77,11 @@ impl Program {
         }
     }
 
+    /// What the log has said that nobody has waited for.
+    pub fn lines(&self) -> String {
+        self.lines.lock().unwrap().try_iter().collect::<Vec<_>>().join("\n")
+    }
+
     pub fn id(&self) -> u32 {
         self.child.id()
     }

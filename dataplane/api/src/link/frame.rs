@@ -86,7 +86,7 @@ impl Decoder {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::link::{ReportAck, down};
+    use crate::link::*;
 
     fn ack(sequence: u64) -> crate::link::Down {
         let body = down::Body::ReportAck(ReportAck { boot: 7, sequence });
@@ -129,14 +129,132 @@ mod tests {
         assert_eq!(take(&bytes), Err(FrameError::Message));
     }
 
-    /// The bytes of version 1, which every later version must read.
+    /// The bytes of version 1, which every later version must read and still mean the same by.
     #[test]
-    fn a_golden_frame_is_read() {
-        let mut bytes = Vec::new();
-        encode(&ack(300), &mut bytes);
-        // Field 4, 12 bytes: boot 7 (fixed64), sequence 300 (varint).
-        let payload = [0x22, 12, 0x09, 7, 0, 0, 0, 0, 0, 0, 0, 0x10, 0xac, 0x02];
-        assert_eq!(bytes[8..], payload, "{bytes:x?}");
-        assert_eq!(bytes[..4], [payload.len() as u8, 0, 0, 0]);
+    fn golden_messages_are_read_and_written() {
+        let golden = include_str!("golden.txt");
+        let mut lines = golden.lines();
+        let mut check = |name: &str, bytes: Vec<u8>| {
+            let hex: String = bytes.iter().map(|byte| format!("{byte:02x}")).collect();
+            assert_eq!(lines.next(), Some(&*format!("{name} {hex}")), "the wire has changed");
+        };
+        for (name, message) in ups() {
+            let bytes = message.encode_to_vec();
+            assert_eq!(Up::decode(&bytes[..]).unwrap(), message);
+            check(name, bytes);
+        }
+        for (name, message) in downs() {
+            let bytes = message.encode_to_vec();
+            assert_eq!(Down::decode(&bytes[..]).unwrap(), message);
+            check(name, bytes);
+        }
+        assert_eq!(lines.next(), None);
+        let mut frame = Vec::new();
+        encode(&ack(300), &mut frame);
+        assert_eq!(frame[..8], [14, 0, 0, 0, 0xe2, 0x62, 0x03, 0x23], "{frame:x?}");
+    }
+
+    /// What a later version says more is passed over.
+    #[test]
+    fn later_versions_are_understood() {
+        // A body that is not known, and a field that is not.
+        let unknown = [0xfa, 0x07, 2, 0x08, 1];
+        assert_eq!(Down::decode(&unknown[..]).unwrap().body, None);
+        let mut bytes = ack(300).encode_to_vec();
+        bytes[1] += 3;
+        bytes.extend([0xf8, 0x07, 1]);
+        assert_eq!(Down::decode(&bytes[..]).unwrap(), ack(300));
+    }
+
+    fn ups() -> Vec<(&'static str, Up)> {
+        let hello = Hello {
+            node: "edge-1".into(),
+            boot: 7,
+            version_min: 1,
+            version: 2,
+            generation: 300,
+            program: "0.1.0".into(),
+        };
+        let usage = Usage { user: 5, up: 1000, down: 2000, held: Some(9000) };
+        let report = Report { boot: 7, sequence: 3, users: vec![usage], last: true, uncertain: 17 };
+        let record = Record { sequence: 4, json: b"{}".to_vec(), user: 5 };
+        let live = LiveSession { id: 1 << 48, user: 5, json: b"{}".to_vec() };
+        let beat =
+            Heartbeat { sessions: 1, cpu_us: 2, memory: 3, up: 4, down: 5, ready: true, uptime: 6 };
+        let explained = Explained {
+            id: 1,
+            problem: "p".into(),
+            allowed: true,
+            reason: "rule".into(),
+            rule: "work".into(),
+            addresses: vec!["192.0.2.1:80".into()],
+            generation: 300,
+            filtered: true,
+        };
+        let refused = Refused { generation: 300, reasons: vec!["no".into()] };
+        let bodies = [
+            ("hello", up::Body::Hello(hello)),
+            ("applied", up::Body::Applied(Applied { generation: 300 })),
+            ("refused", up::Body::Refused(refused)),
+            ("heartbeat", up::Body::Heartbeat(beat)),
+            ("report", up::Body::Report(report)),
+            ("records", up::Body::Records(Records { boot: 7, records: vec![record] })),
+            ("lease_request", up::Body::LeaseRequest(LeaseRequest { users: vec![5, 300] })),
+            ("live", up::Body::Live(Live { sessions: vec![live] })),
+            ("explained", up::Body::Explained(explained)),
+        ];
+        bodies.map(|(name, body)| (name, Up::from(body))).into()
+    }
+
+    fn downs() -> Vec<(&'static str, Down)> {
+        let user = User {
+            id: 5,
+            name: "ann".into(),
+            password_hash: "$2b$".into(),
+            disabled: true,
+            groups: vec!["staff".into()],
+            expires: Some(1_800_000_000),
+            up: Some(1),
+            down: Some(2),
+            burst: Some(3),
+            sessions: Some(4),
+            new_sessions_per_second: Some(5),
+            devices: Some(6),
+            source_addresses: vec!["10.0.0.0/8".into()],
+            egress_address: "192.0.2.1".into(),
+            metered: true,
+        };
+        let snapshot =
+            Snapshot { generation: 300, policy: b"{}".to_vec(), users: vec![user.clone()] };
+        let delta = Delta {
+            base: 300,
+            generation: 301,
+            policy: b"{}".to_vec(),
+            upserts: vec![user],
+            deletes: vec![6, 7],
+        };
+        let lease = Lease { user: 5, limit: 9000, spent: true, taken_back: true };
+        let explain = Explain {
+            id: 1,
+            user: "ann".into(),
+            client: "192.0.2.7".into(),
+            protocol: "socks5".into(),
+            target: "a.example:443".into(),
+        };
+        let welcome = Welcome { version: 1, refusal: "no".into() };
+        let command = |kind| down::Body::Command(Command { kind: Some(kind) });
+        let bodies = [
+            ("welcome", down::Body::Welcome(welcome)),
+            ("snapshot", down::Body::Snapshot(snapshot)),
+            ("delta", down::Body::Delta(delta)),
+            ("report_ack", down::Body::ReportAck(ReportAck { boot: 7, sequence: 300 })),
+            ("record_ack", down::Body::RecordAck(RecordAck { boot: 7, sequence: 300 })),
+            ("lease_grant", down::Body::LeaseGrant(LeaseGrant { leases: vec![lease] })),
+            ("end_session", command(command::Kind::EndSession(9))),
+            ("end_user", command(command::Kind::EndUser(9))),
+            ("drain", command(command::Kind::Drain(true))),
+            ("explain", down::Body::Explain(explain)),
+        ];
+        bodies.map(|(name, body)| (name, Down::from(body))).into()
     }
 }
