@@ -1,9 +1,7 @@
 //! Who changed what.
 
 use axum::{Json, extract::State, response::Response};
-use sea_orm::{
-    ColumnTrait, EntityTrait, PaginatorTrait, QueryFilter, QueryOrder, QuerySelect, Select,
-};
+use sea_orm::{ColumnTrait, EntityTrait, QueryFilter, QueryOrder, QuerySelect, Select};
 use serde::{Deserialize, Serialize};
 use utoipa::{IntoParams, ToSchema};
 use utoipa_axum::{router::OpenApiRouter, routes};
@@ -81,10 +79,7 @@ async fn list(
     Params(paging): Params<Paging>,
     Params(which): Params<Which>,
 ) -> Result<Json<Page<AuditView>>> {
-    let (size, skip) = paging.bounds()?;
-    let query = which.query()?;
-    let total = query.clone().count(app.store.db()).await?;
-    let rows = query.order_by_desc(audit::Column::Id).limit(size).offset(skip);
+    let query = which.query()?.order_by_desc(audit::Column::Id);
     let value = |text: &str| match serde_json::from_str(text).unwrap_or_default() {
         serde_json::Value::Array(list) => serde_json::json!({ "value": list }),
         other => other,
@@ -99,8 +94,7 @@ async fn list(
         old: value(&row.old),
         new: value(&row.new),
     };
-    let items = rows.all(app.store.db()).await?.into_iter().map(view).collect();
-    Ok(Json(Page::new(items, total, &paging)))
+    paging.load(app.store.db(), query, view).await
 }
 
 /// Rows of one part of an export.

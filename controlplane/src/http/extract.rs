@@ -6,7 +6,7 @@ use axum::{
     extract::{ConnectInfo, FromRequest, FromRequestParts, Path, Query, Request, rejection},
     http::{StatusCode, header, request::Parts},
 };
-use sea_orm::EntityTrait;
+use sea_orm::{DatabaseConnection, EntityTrait, PaginatorTrait, Select};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use utoipa::{IntoParams, ToSchema};
 
@@ -115,6 +115,23 @@ impl Paging {
             return Err(Problem::new(StatusCode::BAD_REQUEST, text));
         }
         Ok((self.page_size, (self.page - 1) * self.page_size))
+    }
+
+    /// That part of a query in its order, each row as it is shown.
+    ///
+    /// # Errors
+    /// Out of bounds, or the database fails.
+    pub async fn load<E: EntityTrait<Model: Send + Sync>, T>(
+        &self,
+        db: &DatabaseConnection,
+        query: Select<E>,
+        view: impl FnMut(E::Model) -> T,
+    ) -> Result<axum::Json<Page<T>>, Problem> {
+        let (size, _) = self.bounds()?;
+        let pages = query.paginate(db, size);
+        let total = pages.num_items().await?;
+        let rows = pages.fetch_page(self.page - 1).await?;
+        Ok(axum::Json(Page::new(rows.into_iter().map(view).collect(), total, self)))
     }
 }
 

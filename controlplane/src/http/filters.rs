@@ -5,8 +5,8 @@ use std::collections::HashSet;
 use axum::{Json, extract::State, http::StatusCode};
 use culvert_api::policy::{Access, Filter, PortRange};
 use sea_orm::{
-    ActiveModelTrait, ColumnTrait, EntityTrait, IntoActiveModel, PaginatorTrait, QueryFilter,
-    QueryOrder, QuerySelect,
+    ActiveModelTrait, ColumnTrait, EntityTrait, IntoActiveModel, QueryFilter, QueryOrder,
+    QuerySelect,
 };
 use serde::{Deserialize, Serialize};
 use utoipa::{IntoParams, ToSchema};
@@ -208,7 +208,6 @@ async fn list(
     Params(paging): Params<Paging>,
     Params(which): Params<Which>,
 ) -> Result<Json<Page<FilterView>>> {
-    let (size, skip) = paging.bounds()?;
     let mut query = filter::Entity::find();
     if let Some(part) = super::users::short(which.q.as_ref())? {
         query = query.filter(filter::Column::Value.contains(part));
@@ -216,10 +215,7 @@ async fn list(
     if let Some(action) = which.action {
         query = query.filter(filter::Column::Action.eq(name_of(&action)));
     }
-    let total = query.clone().count(app.store.db()).await?;
-    let rows = query.order_by_asc(filter::Column::Id).limit(size).offset(skip);
-    let items = rows.all(app.store.db()).await?.into_iter().map(view).collect();
-    Ok(Json(Page::new(items, total, &paging)))
+    paging.load(app.store.db(), query.order_by_asc(filter::Column::Id), view).await
 }
 
 /// One filter.

@@ -2,8 +2,7 @@
 
 use axum::{Json, extract::State, http::StatusCode};
 use sea_orm::{
-    ActiveModelTrait, ColumnTrait, EntityTrait, IntoActiveModel, PaginatorTrait, QueryFilter,
-    QueryOrder, QuerySelect, Set,
+    ActiveModelTrait, ColumnTrait, EntityTrait, IntoActiveModel, QueryFilter, QueryOrder, Set,
 };
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
@@ -106,12 +105,8 @@ async fn list(
     _: Admin,
     Params(paging): Params<Paging>,
 ) -> Result<Json<Page<RatesView>>> {
-    let (size, skip) = paging.bounds()?;
     let query = limit::Entity::find().filter(limit::Column::Kind.ne("user"));
-    let total = query.clone().count(app.store.db()).await?;
-    let rows = query.order_by_asc(limit::Column::Id).limit(size).offset(skip);
-    let items = rows.all(app.store.db()).await?.into_iter().map(view).collect();
-    Ok(Json(Page::new(items, total, &paging)))
+    paging.load(app.store.db(), query.order_by_asc(limit::Column::Id), view).await
 }
 
 /// One.

@@ -7,9 +7,7 @@ use axum::{
     http::header,
     response::{IntoResponse, Response},
 };
-use sea_orm::{
-    ColumnTrait, EntityTrait, PaginatorTrait, QueryFilter, QueryOrder, QuerySelect, Select,
-};
+use sea_orm::{ColumnTrait, EntityTrait, QueryFilter, QueryOrder, QuerySelect, Select};
 use serde::{Deserialize, Serialize};
 use utoipa::{IntoParams, ToSchema};
 use utoipa_axum::{router::OpenApiRouter, routes};
@@ -127,12 +125,8 @@ async fn list(
     Params(paging): Params<Paging>,
     Params(which): Params<Which>,
 ) -> Result<Json<Page<LogView>>> {
-    let (size, skip) = paging.bounds()?;
-    let query = which.query(&caller)?;
-    let total = query.clone().count(app.store.db()).await?;
-    let rows = query.order_by_desc(log::Column::Id).limit(size).offset(skip);
-    let items = rows.all(app.store.db()).await?.into_iter().map(view).collect();
-    Ok(Json(Page::new(items, total, &paging)))
+    let query = which.query(&caller)?.order_by_desc(log::Column::Id);
+    paging.load(app.store.db(), query, view).await
 }
 
 /// The same as CSV, the first first, streamed.

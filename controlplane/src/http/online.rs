@@ -58,7 +58,6 @@ async fn list(
     Params(paging): Params<Paging>,
     Params(which): Params<Which>,
 ) -> Result<Json<Page<SessionView>>> {
-    let (size, skip) = paging.bounds()?;
     let mut query = session::Entity::find();
     let number = |text: &str| text.parse::<i64>().unwrap_or(-1);
     if let Some(user) = &which.user_id {
@@ -70,21 +69,14 @@ async fn list(
     if !caller.is_admin() {
         query = query.filter(session::Column::UserId.eq(caller.user.id));
     }
-    let total = query.clone().count(app.store.db()).await?;
-    let rows = query
-        .order_by_asc(session::Column::NodeId)
-        .order_by_asc(session::Column::Session)
-        .limit(size)
-        .offset(skip)
-        .all(app.store.db())
-        .await?;
+    let query = query.order_by_asc(session::Column::NodeId).order_by_asc(session::Column::Session);
     let view = |row: session::Model| SessionView {
         id: format!("{}-{}", row.node_id, row.session),
         node_id: row.node_id.to_string(),
         user_id: (row.user_id > 0).then(|| row.user_id.to_string()),
         session: serde_json::from_str(&row.body).unwrap_or_default(),
     };
-    Ok(Json(Page::new(rows.into_iter().map(view).collect(), total, &paging)))
+    paging.load(app.store.db(), query, view).await
 }
 
 /// A user with sessions that run.

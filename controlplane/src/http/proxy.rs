@@ -2,8 +2,7 @@
 
 use axum::{Json, extract::State, http::StatusCode};
 use sea_orm::{
-    ActiveModelTrait, ColumnTrait, EntityTrait, IntoActiveModel, PaginatorTrait, QueryFilter,
-    QueryOrder, QuerySelect, Set,
+    ActiveModelTrait, ColumnTrait, EntityTrait, IntoActiveModel, QueryFilter, QueryOrder, Set,
 };
 use serde::{Deserialize, Serialize};
 use utoipa::{IntoParams, ToSchema};
@@ -79,12 +78,8 @@ async fn list(
     _: Admin,
     Params(paging): Params<Paging>,
 ) -> Result<Json<Page<NodeView>>> {
-    let (size, skip) = paging.bounds()?;
-    let query = node::Entity::find();
-    let total = query.clone().count(app.store.db()).await?;
-    let rows = query.order_by_asc(node::Column::Id).limit(size).offset(skip);
-    let items = rows.all(app.store.db()).await?.into_iter().map(view).collect();
-    Ok(Json(Page::new(items, total, &paging)))
+    let query = node::Entity::find().order_by_asc(node::Column::Id);
+    paging.load(app.store.db(), query, view).await
 }
 
 /// A new node.
@@ -266,13 +261,10 @@ async fn heartbeats(
     Params(paging): Params<Paging>,
     Params(which): Params<Which>,
 ) -> Result<Json<Page<HeartbeatView>>> {
-    let (size, skip) = paging.bounds()?;
     let mut query = heartbeat::Entity::find();
     if let Some(node) = &which.node_id {
         query = query.filter(heartbeat::Column::NodeId.eq(node.parse::<i64>().unwrap_or(-1)));
     }
-    let total = query.clone().count(app.store.db()).await?;
-    let rows = query.order_by_desc(heartbeat::Column::At).limit(size).offset(skip);
     let view = |row: heartbeat::Model| HeartbeatView {
         node_id: row.node_id.to_string(),
         at: time_text(row.at),
@@ -284,6 +276,5 @@ async fn heartbeats(
         ready: row.ready,
         uptime: row.uptime,
     };
-    let items = rows.all(app.store.db()).await?.into_iter().map(view).collect();
-    Ok(Json(Page::new(items, total, &paging)))
+    paging.load(app.store.db(), query.order_by_desc(heartbeat::Column::At), view).await
 }

@@ -5,8 +5,7 @@ use std::net::IpAddr;
 use axum::{Json, extract::State, http::StatusCode};
 use culvert_api::policy::{Rule, When};
 use sea_orm::{
-    ActiveModelTrait, ColumnTrait, EntityTrait, IntoActiveModel, PaginatorTrait, QueryFilter,
-    QueryOrder, QuerySelect,
+    ActiveModelTrait, ColumnTrait, EntityTrait, IntoActiveModel, QueryFilter, QueryOrder,
 };
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
@@ -161,12 +160,8 @@ async fn list(
     _: Admin,
     Params(paging): Params<Paging>,
 ) -> Result<Json<Page<RuleView>>> {
-    let (size, skip) = paging.bounds()?;
-    let query = rule::Entity::find();
-    let total = query.clone().count(app.store.db()).await?;
-    let rows = query.order_by_asc(rule::Column::Position).order_by_asc(rule::Column::Id);
-    let rows = rows.limit(size).offset(skip).all(app.store.db()).await?;
-    Ok(Json(Page::new(rows.into_iter().map(view).collect(), total, &paging)))
+    let query = rule::Entity::find().order_by_asc(rule::Column::Position);
+    paging.load(app.store.db(), query.order_by_asc(rule::Column::Id), view).await
 }
 
 /// One rule.

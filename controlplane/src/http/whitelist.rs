@@ -1,7 +1,7 @@
 //! Clients that may connect. An empty list lets all connect.
 
 use axum::{Json, extract::State, http::StatusCode};
-use sea_orm::{ActiveModelTrait, EntityTrait, PaginatorTrait, QueryOrder, QuerySelect, Set};
+use sea_orm::{ActiveModelTrait, EntityTrait, QueryOrder, Set};
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 use utoipa_axum::{router::OpenApiRouter, routes};
@@ -61,12 +61,8 @@ async fn list(
     _: Admin,
     Params(paging): Params<Paging>,
 ) -> Result<Json<Page<EntryView>>> {
-    let (size, skip) = paging.bounds()?;
-    let query = whitelist::Entity::find();
-    let total = query.clone().count(app.store.db()).await?;
-    let rows = query.order_by_asc(whitelist::Column::Id).limit(size).offset(skip);
-    let items = rows.all(app.store.db()).await?.into_iter().map(view).collect();
-    Ok(Json(Page::new(items, total, &paging)))
+    let query = whitelist::Entity::find().order_by_asc(whitelist::Column::Id);
+    paging.load(app.store.db(), query, view).await
 }
 
 /// Let a network connect; from the first one on, no other may.
