@@ -146,7 +146,7 @@ async fn create(
 }
 
 /// Change rates.
-#[utoipa::path(patch, path = "/traffic/limits/{id}", tag = "traffic", params(("id" = String, Path)), request_body = Rates,
+#[utoipa::path(put, path = "/traffic/limits/{id}", tag = "traffic", params(("id" = String, Path)), request_body = Rates,
     responses((status = 200, body = RatesView), (status = 400, body = Problem), (status = 401, body = Problem), (status = 403, body = Problem), (status = 404, body = Problem),
         (status = 409, body = Problem), (status = 415, body = Problem), (status = 422, body = Problem), (status = 503, body = Problem)))]
 async fn update(

@@ -3,8 +3,9 @@
 use std::{
     io::{Read, Write},
     net::{Shutdown, SocketAddr, TcpListener, TcpStream},
+    sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed},
     thread,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use serde_json::{Value, json};
@@ -318,5 +319,51 @@ fn a_changed_quota_holds_for_what_runs() {
         await_some("tunnel", || node.tunnel("ann", target).ok());
         moved = 1_000_000 + transfer(&node, "ann", target, 200_000);
         await_some("bytes", || (planes.used(&id) == moved).then_some(()));
+    });
+}
+
+/// RELIABILITY D5 through both planes: a rate set by the API holds over all sessions of its user, from the
+/// moment it is changed, and nobody else's.
+#[test]
+fn a_rate_set_by_the_api_holds_over_all_sessions() {
+    const RATE: u64 = 8_000_000;
+    on_each(|planes| {
+        let (node, target) = (planes.node("edge"), source());
+        let limits = json!({ "kind": "group", "subject": "slow", "down": 4 * RATE });
+        let limit = planes.must("POST", "/traffic/limits", limits);
+        planes.user("ann", json!({ "groups": ["slow"] }));
+        let received = AtomicU64::new(0);
+        let (over, mut ratios) = (AtomicBool::new(false), Vec::new());
+        let tunnel = || await_some("tunnel", || node.tunnel("ann", target).ok());
+        let streams: Vec<TcpStream> = (0..6).map(|_| tunnel()).collect();
+        thread::scope(|scope| {
+            for mut stream in streams {
+                let (received, over) = (&received, &over);
+                scope.spawn(move || {
+                    let mut buffer = vec![0; 64 * 1024];
+                    while !over.load(Relaxed)
+                        && let Ok(bytes @ 1..) = stream.read(&mut buffer)
+                    {
+                        received.fetch_add(bytes as u64, Relaxed);
+                    }
+                });
+            }
+            for rate in [4 * RATE, RATE] {
+                let path = format!("/traffic/limits/{}", limit["id"].as_str().unwrap());
+                planes.must(
+                    "PUT",
+                    &path,
+                    json!({ "kind": "group", "subject": "slow", "down": rate }),
+                );
+                // What is in the sockets comes first.
+                pause(Duration::from_millis(1500));
+                let (began, before) = (Instant::now(), received.load(Relaxed));
+                pause(Duration::from_secs(4));
+                let moved = received.load(Relaxed) - before;
+                ratios.push(moved as f64 / began.elapsed().as_secs_f64() / rate as f64);
+            }
+            over.store(true, Relaxed);
+        });
+        assert!(ratios.iter().all(|ratio| (0.97..1.03).contains(ratio)), "{ratios:?}");
     });
 }

@@ -38,7 +38,7 @@ const ROLES: &[(&str, &str, [bool; 3])] = &[
     ("GET", "/traffic/limits", [false, false, true]),
     ("POST", "/traffic/limits", [false, false, true]),
     ("GET", "/traffic/limits/{id}", [false, false, true]),
-    ("PATCH", "/traffic/limits/{id}", [false, false, true]),
+    ("PUT", "/traffic/limits/{id}", [false, false, true]),
     ("DELETE", "/traffic/limits/{id}", [false, false, true]),
     ("GET", "/filters", [false, false, true]),
     ("POST", "/filters", [false, false, true]),
