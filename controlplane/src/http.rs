@@ -2,6 +2,7 @@
 
 mod audit;
 mod auth;
+mod explain;
 mod extract;
 mod filters;
 mod limits;
@@ -134,6 +135,7 @@ fn routes() -> OpenApiRouter<App> {
             .merge(filters::routes())
             .merge(whitelist::routes())
             .merge(rules::routes())
+            .merge(explain::routes())
             .merge(settings::routes())
             .merge(online::routes())
             .merge(logs::routes())

@@ -104,7 +104,15 @@ fn frame(body: down::Body) -> Vec<u8> {
 /// # Errors
 /// 422 with the first problem.
 pub fn check(policy: &Policy) -> Result<(), Problem> {
-    match policy.check().into_iter().chain(policy.check_targets()).next() {
+    refuse(policy.check().into_iter().chain(policy.check_targets()))
+}
+
+/// The first of what a node would say, if it would say anything.
+///
+/// # Errors
+/// 422 with it.
+pub fn refuse(problems: impl IntoIterator<Item = culvert_api::Problem>) -> Result<(), Problem> {
+    match problems.into_iter().next() {
         None => Ok(()),
         Some(problem) => Err(Problem::invalid(problem.to_string())),
     }
@@ -200,11 +208,7 @@ async fn generation(db: &impl ConnectionTrait) -> Result<u64, DbErr> {
 pub async fn check_together(db: &impl ConnectionTrait) -> Result<(), Problem> {
     let policy = policy(db).await?;
     let checked = tokio::task::spawn_blocking(move || policy.check_together()).await;
-    match checked.as_deref() {
-        Ok([]) => Ok(()),
-        Ok([problem, ..]) => Err(Problem::invalid(problem.to_string())),
-        Err(_) => Err(Problem::invalid("the expressions could not be checked")),
-    }
+    refuse(checked.map_err(|_| Problem::invalid("the expressions could not be checked"))?)
 }
 
 /// The policy without its users.

@@ -37,7 +37,7 @@ pub(crate) use reload::beside_the_workers;
 use crate::{
     config::Config,
     end::Cause,
-    ledger::{Bytes, Direction, Map, Region},
+    ledger::{Bytes, Direction, Map, Region, Wanted},
     link::Follower,
     log::AccessLog,
     policy::{LoginPool, OwnAddresses, Snapshot, Table, Throttles, UserId, UserUse, compile},
@@ -208,7 +208,7 @@ impl Node {
         everyone.apply(&config.settings.node);
         let shared = Arc::new(Shared {
             everyone,
-            wanted: Arc::default(),
+            wanted: Wanted::default(),
             snapshot: ArcSwap::from_pointee(snapshot),
             addresses: Arc::new(Table::new(places.max().min(1 << 20))),
             places,

@@ -41,7 +41,7 @@ pub struct Context<'a> {
     /// Where bytes are counted.
     pub meter: &'a Meter,
     /// What may still be moved.
-    pub allowance: &'a Allowance,
+    pub allowance: &'a Allowance<'a>,
     /// Silence allowed once a direction has ended.
     pub half_close: Duration,
 }

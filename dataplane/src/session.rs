@@ -268,14 +268,14 @@ impl Session {
         End::new(Stage::Relay, self.stopped().unwrap_or(relayed.cause))
     }
 
-    fn context<'a>(&'a self, allowance: &'a Allowance, half_close: Duration) -> Context<'a> {
+    fn context<'a>(&'a self, allowance: &'a Allowance<'a>, half_close: Duration) -> Context<'a> {
         Context { watch: &self.watch, meter: &self.meter, allowance, half_close }
     }
 
-    fn allowance(&self) -> Allowance {
+    fn allowance(&self) -> Allowance<'_> {
         let user = self.login.borrow().as_ref().map(|login| login.user.shared.clone());
         let shared = &self.worker.shared;
-        Allowance::new(user, shared.everyone.clone(), shared.wanted.clone())
+        Allowance::new(user, &shared.everyone, &shared.wanted)
     }
 
     /// Between two requests of a connection: the idle deadline holds, then the handshake's.

@@ -51,7 +51,7 @@ pub struct Shared {
     /// What all sessions share: rates of the node.
     pub everyone: Arc<UserUse>,
     /// Leases that run low.
-    pub wanted: Arc<Wanted>,
+    pub wanted: Wanted,
     /// Sessions and rates of client addresses.
     pub addresses: Arc<Table>,
     /// Failed logins.

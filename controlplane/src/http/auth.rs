@@ -100,6 +100,18 @@ async fn grant(app: &App, user: &user::Model) -> Result<Granted> {
     Ok((cookie(app, &token.text, app.refresh_life / 1_000_000), Json(access)))
 }
 
+/// Counts a try before what was offered is looked at.
+///
+/// # Errors
+/// 429: too many failed.
+pub(super) fn throttle(app: &App, from: &extract::From, user: &str) -> Result<()> {
+    if app.throttle.begin(from.0, user) {
+        return Ok(());
+    }
+    let detail = "too many wrong passwords or codes; wait five minutes";
+    Err(Problem::new(StatusCode::TOO_MANY_REQUESTS, detail))
+}
+
 /// Log in.
 ///
 /// The answer's cookie renews the access token. Too many failures of one address or user are
@@ -117,10 +129,7 @@ async fn login(
     if login.username.len() > 255 {
         return Err(wrong());
     }
-    if !app.throttle.begin(from.0, &login.username) {
-        let detail = "too many failed logins; wait five minutes";
-        return Err(Problem::new(StatusCode::TOO_MANY_REQUESTS, detail));
-    }
+    throttle(&app, &from, &login.username)?;
     let found = user::Entity::find().filter(user::Column::Name.eq(&login.username));
     // MySQL passes over spaces at the end, which the throttle does not.
     let user = found.one(app.store.db()).await?.filter(|user| user.name == login.username);
@@ -216,10 +225,7 @@ async fn password(
     Body(change): Body<PasswordChange>,
 ) -> Result<StatusCode> {
     check_password(&change.new_password).map_err(Problem::invalid)?;
-    if !app.throttle.begin(from.0, &caller.user.name) {
-        let detail = "too many wrong passwords; wait five minutes";
-        return Err(Problem::new(StatusCode::TOO_MANY_REQUESTS, detail));
-    }
+    throttle(&app, &from, &caller.user.name)?;
     if !verify_password(change.old_password, Some(caller.user.password_hash.clone())).await {
         return Err(Problem::new(StatusCode::FORBIDDEN, "the present password is another"));
     }

@@ -17,8 +17,10 @@ use super::{
     problem::Result,
     users::{name_of, time_text},
 };
-use crate::publish::check_together;
-use crate::store::{Change, ROWS, entity::url_filter as filter, now};
+use crate::{
+    publish::{self, check_together},
+    store::{Change, ROWS, entity::url_filter as filter, now},
+};
 
 /// Filters of one import, and its body in bytes.
 const IMPORT_MAX: usize = 10_000;
@@ -181,7 +183,7 @@ impl FilterBody {
         }
         let filter = compiled(&self.row()).map_err(Problem::invalid)?;
         let policy = culvert_api::policy::Policy { filter: vec![filter], ..Default::default() };
-        crate::publish::check(&policy)
+        publish::check(&policy)
     }
 }
 

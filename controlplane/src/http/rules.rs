@@ -1,7 +1,5 @@
 //! The ordered rules.
 
-use std::net::IpAddr;
-
 use axum::{Json, extract::State, http::StatusCode};
 use culvert_api::policy::{Rule, When};
 use sea_orm::{
@@ -15,7 +13,7 @@ use super::{
     Admin, App, Body, Id, Page, Paging, Params, Problem, problem::Result, users::time_text,
 };
 use crate::{
-    publish::check_together,
+    publish,
     store::{Change, entity::rule, now},
 };
 
@@ -24,8 +22,6 @@ pub(super) fn routes() -> OpenApiRouter<App> {
         .routes(routes!(list, create))
         .routes(routes!(show, update, remove))
         .routes(routes!(reorder))
-        .routes(routes!(test))
-        .routes(routes!(test_filters))
 }
 
 /// What a rule does.
@@ -144,7 +140,8 @@ impl RuleBody {
         }
         let rule = compiled(&self.row(0)).map_err(Problem::invalid)?;
         let policy = culvert_api::policy::Policy { rule: vec![rule], ..Default::default() };
-        crate::publish::check(&policy)
+        publish::check(&policy)?;
+        publish::refuse(policy.check_together())
     }
 }
 
@@ -188,7 +185,6 @@ async fn create(
     let mut row = new.row(position).into_active_model().reset_all();
     row.id = sea_orm::NotSet;
     let row = row.insert(db).await?;
-    check_together(db).await?;
     edit.commit(Change::new("rule.create", &new.name).new_value(&new).policy()).await?;
 
     Ok((StatusCode::CREATED, Json(view(row))))
@@ -210,7 +206,6 @@ async fn update(
     let old = find(db, id).await?;
     let row = rule::Model { id, created_at: old.created_at, ..new.row(old.position) };
     let row = row.into_active_model().reset_all().update(db).await?;
-    check_together(db).await?;
     let change = Change::new("rule.update", &new.name).old(&view(old)).new_value(&new);
     edit.commit(change.policy()).await?;
 
@@ -229,139 +224,6 @@ async fn remove(State(app): State<App>, Admin(caller): Admin, Id(id): Id) -> Res
     edit.commit(change.old(&view(old))).await?;
 
     Ok(StatusCode::NO_CONTENT)
-}
-
-/// A request that nobody has made.
-#[derive(Debug, Deserialize, ToSchema)]
-#[serde(deny_unknown_fields)]
-struct Question {
-    /// The user's name; left out: nobody has logged in.
-    #[serde(default)]
-    #[schema(max_length = 255)]
-    user: Option<String>,
-    /// The client's address.
-    #[serde(default = "nowhere")]
-    #[schema(value_type = String, example = "192.0.2.1")]
-    client: IpAddr,
-    /// `socks5`, `socks4` or `http`.
-    #[serde(default)]
-    protocol: ProtocolName,
-    /// `host:port`.
-    #[schema(max_length = 300, example = "example.com:443")]
-    target: String,
-}
-
-/// Protocols of clients.
-#[derive(Debug, Clone, Copy, Default, Serialize, Deserialize, ToSchema)]
-#[serde(rename_all = "lowercase")]
-enum ProtocolName {
-    /// SOCKS5.
-    #[default]
-    Socks5,
-    /// SOCKS4 and 4a.
-    Socks4,
-    /// HTTP.
-    Http,
-}
-
-fn nowhere() -> IpAddr {
-    IpAddr::from([127, 0, 0, 1])
-}
-
-/// What a node would do.
-#[derive(Debug, Serialize, ToSchema)]
-struct Answer {
-    /// Whether the request would be let through.
-    allowed: bool,
-    /// Why not: `port`, `filter`, `rule`, `default`, `internal`, `own_listener`, `client`, `user`, `source` or
-    /// `unresolved`.
-    reason: Option<String>,
-    /// The rule that decides; none before the rules, and when the default does.
-    rule: Option<String>,
-    /// What would be dialled.
-    addresses: Vec<String>,
-    /// The generation in force at the node that was asked.
-    generation: u64,
-}
-
-/// What would be decided of a request, and by which rule. A node that is connected here is asked: it resolves
-/// names as it would for a client.
-#[utoipa::path(post, path = "/rules/test", tag = "rules", request_body = Question,
-    responses((status = 200, body = Answer), (status = 400, body = Problem), (status = 401, body = Problem), (status = 403, body = Problem), (status = 409, body = Problem),
-        (status = 415, body = Problem), (status = 422, body = Problem), (status = 503, body = Problem)))]
-async fn test(
-    State(app): State<App>,
-    _: Admin,
-    Body(question): Body<Question>,
-) -> Result<Json<Answer>> {
-    let said = explain(&app, question).await?;
-    let given = |text: String| (!text.is_empty()).then_some(text);
-    Ok(Json(Answer {
-        allowed: said.allowed,
-        reason: given(said.reason),
-        rule: given(said.rule),
-        addresses: said.addresses,
-        generation: said.generation,
-    }))
-}
-
-/// A target.
-#[derive(Debug, Deserialize, ToSchema)]
-#[serde(deny_unknown_fields)]
-struct Tested {
-    /// `host:port`.
-    #[schema(max_length = 300, example = "example.com:443")]
-    target: String,
-}
-
-/// What the filters say of a target.
-#[derive(Debug, Serialize, ToSchema)]
-struct Filtered {
-    /// Whether the black list has it, and the white list does not.
-    denied: bool,
-    /// The generation in force at the node that was asked.
-    generation: u64,
-}
-
-/// Whether the filters refuse a target, by its name or by an address it resolves to, as
-/// `POST /rules/test` finds out.
-#[utoipa::path(post, path = "/filters/test", tag = "filters", request_body = Tested,
-    responses((status = 200, body = Filtered), (status = 400, body = Problem), (status = 401, body = Problem), (status = 403, body = Problem), (status = 409, body = Problem),
-        (status = 415, body = Problem), (status = 422, body = Problem), (status = 503, body = Problem)))]
-async fn test_filters(
-    State(app): State<App>,
-    _: Admin,
-    Body(tested): Body<Tested>,
-) -> Result<Json<Filtered>> {
-    let question = Question {
-        user: None,
-        client: nowhere(),
-        protocol: ProtocolName::Socks5,
-        target: tested.target,
-    };
-    let said = explain(&app, question).await?;
-    Ok(Json(Filtered { denied: said.filtered, generation: said.generation }))
-}
-
-async fn explain(app: &App, question: Question) -> Result<culvert_api::link::Explained> {
-    let user = question.user.as_ref().map_or(0, String::len);
-    if question.target.len() > 300 || user > 255 {
-        return Err(Problem::invalid("target has at most 300 bytes, user 255"));
-    }
-    let explain = culvert_api::link::Explain {
-        id: 0,
-        user: question.user.unwrap_or_default(),
-        client: question.client.to_string(),
-        protocol: super::users::name_of(&question.protocol),
-        target: question.target,
-    };
-    let nobody = || {
-        let detail =
-            "no node that is connected to this control plane answers; start one, or ask the other";
-        Problem::new(StatusCode::CONFLICT, detail)
-    };
-    let said = app.hub.explain(explain).await.ok_or_else(nobody)?;
-    if said.problem.is_empty() { Ok(said) } else { Err(Problem::invalid(said.problem)) }
 }
 
 /// The order of all rules.

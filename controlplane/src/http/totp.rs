@@ -9,7 +9,9 @@ use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 use utoipa_axum::{router::OpenApiRouter, routes};
 
-use super::{Admin, App, Body, Caller, Id, Problem, extract, problem::Result, users::find};
+use super::{
+    Admin, App, Body, Caller, Id, Problem, auth::throttle, extract, problem::Result, users::find,
+};
 use crate::{
     auth::{new_secret, step_of, text_of, verify_password},
     store::{Change, entity::user, now},
@@ -64,7 +66,7 @@ async fn enrol(
     from: extract::From,
     Body(body): Body<Password>,
 ) -> Result<Json<Enrolment>> {
-    begin(&app, &caller, &from)?;
+    throttle(&app, &from, &caller.user.name)?;
     if !verify_password(body.password, Some(caller.user.password_hash.clone())).await {
         return Err(Problem::new(StatusCode::FORBIDDEN, "the present password is another"));
     }
@@ -96,7 +98,7 @@ async fn confirm(
     from: extract::From,
     Body(body): Body<Code>,
 ) -> Result<StatusCode> {
-    begin(&app, &caller, &from)?;
+    throttle(&app, &from, &caller.user.name)?;
     let edit = app.store.edit(caller.actor()).await?;
     let db = edit.db();
     let user = find(db, caller.user.id).await?;
@@ -124,7 +126,7 @@ async fn remove(
     from: extract::From,
     Body(body): Body<Code>,
 ) -> Result<StatusCode> {
-    begin(&app, &caller, &from)?;
+    throttle(&app, &from, &caller.user.name)?;
     if caller.user.totp_secret.is_none() || !accept(&app, &caller.user, &body.code).await? {
         return Err(wrong());
     }
@@ -156,14 +158,6 @@ pub(crate) async fn take_away(db: &DatabaseTransaction, id: i64) -> Result<Chang
     (row.totp_secret, row.totp_pending) = (Set(None), Set(None));
     row.update(db).await?;
     Ok(Change::new("user.totp_remove", name))
-}
-
-fn begin(app: &App, caller: &Caller, from: &extract::From) -> Result<()> {
-    if app.throttle.begin(from.0, &caller.user.name) {
-        return Ok(());
-    }
-    let detail = "too many wrong passwords or codes; wait five minutes";
-    Err(Problem::new(StatusCode::TOO_MANY_REQUESTS, detail))
 }
 
 fn wrong() -> Problem {

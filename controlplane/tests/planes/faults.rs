@@ -206,16 +206,19 @@ fn a_full_disk_is_told_and_survived() {
     assert_eq!(String::from_utf8_lossy(&check.stdout).trim(), "ok");
 }
 
+/// Has a server do something, as root.
+fn sql(socket: &str, text: &str) {
+    let done = Command::new("mariadb")
+        .args(["--no-defaults", "-u", "root", "-S", socket, "-e", text])
+        .status();
+    assert!(done.unwrap().success(), "{text}");
+}
+
 /// RELIABILITY D9: the database takes no changes for a while, as after a failover to a replica.
 #[test]
 fn a_database_that_only_reads_is_waited_for() {
     on_own_server(|url, socket| {
-        let sql = |text: &str| {
-            let done = Command::new("mariadb")
-                .args(["--no-defaults", "-u", "root", "-S", socket, "-e", text])
-                .status();
-            assert!(done.unwrap().success(), "{text}");
-        };
+        let sql = |text: &str| sql(socket, text);
         // read_only does not bind root.
         sql(
             "CREATE USER plain@localhost IDENTIFIED BY 'plain'; GRANT ALL ON culvert.* TO plain@localhost",
@@ -246,12 +249,7 @@ fn a_database_that_only_reads_is_waited_for() {
 #[test]
 fn connections_to_what_was_the_primary_are_not_kept() {
     on_own_server(|url, socket| {
-        let sql = |text: &str| {
-            let done = Command::new("mariadb")
-                .args(["--no-defaults", "-u", "root", "-S", socket, "-e", text])
-                .status();
-            assert!(done.unwrap().success(), "{text}");
-        };
+        let sql = |text: &str| sql(socket, text);
         let folder = tempfile::tempdir().unwrap();
         let gate = Gate::before(socket, folder.path());
         let planes = Planes::start(Some(url.replace(socket, gate.path.to_str().unwrap())));

@@ -19,23 +19,23 @@ const LEASE_WAIT: u64 = 10_000_000_000;
 
 /// Asked before each receive: by what the session's user may use, and by what all may use together.
 #[derive(Debug)]
-pub struct Allowance {
+pub struct Allowance<'a> {
     user: Option<Arc<UserUse>>,
-    everyone: Arc<UserUse>,
-    wanted: Arc<Wanted>,
+    everyone: &'a UserUse,
+    wanted: &'a Wanted,
     /// What is reserved of the user's lease, both ways.
     reserved: Cell<Reserved>,
 }
 
-impl Allowance {
+impl<'a> Allowance<'a> {
     /// The allowance of a user's sessions, or of nobody's.
-    pub fn new(user: Option<Arc<UserUse>>, everyone: Arc<UserUse>, wanted: Arc<Wanted>) -> Self {
+    pub fn new(user: Option<Arc<UserUse>>, everyone: &'a UserUse, wanted: &'a Wanted) -> Self {
         Self { user, everyone, wanted, reserved: Cell::default() }
     }
 
     /// The buckets that limit a direction now.
     fn buckets(&self, direction: Direction) -> [Option<&Bucket>; 2] {
-        [self.user.as_ref(), Some(&self.everyone)].map(|shared| {
+        [self.user.as_deref(), Some(self.everyone)].map(|shared| {
             shared.map(|shared| shared.bucket(direction)).filter(|bucket| !bucket.is_open())
         })
     }
@@ -144,7 +144,7 @@ impl Allowance {
     }
 }
 
-impl Drop for Allowance {
+impl Drop for Allowance<'_> {
     fn drop(&mut self) {
         self.give_back(u64::MAX);
     }
