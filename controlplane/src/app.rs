@@ -18,7 +18,9 @@ use crate::{
     link::{Authority, Hub},
     store::{
         Actor, Change, Store,
-        entity::{access_log, audit, change, command, heartbeat, refresh, setting, traffic, user},
+        entity::{
+            access_log, audit, change, command, heartbeat, refresh, session, setting, traffic, user,
+        },
         now,
     },
 };
@@ -357,6 +359,10 @@ async fn clean_once(store: &Store) -> Result<(), sea_orm::DbErr> {
         .exec(db)
         .await?;
     command::Entity::delete_many().filter(command::Column::At.lt(now - COMMANDS)).exec(db).await?;
+    session::Entity::delete_many()
+        .filter(session::Column::ToldAt.lt(now - MINUTE))
+        .exec(db)
+        .await?;
     crate::lease::clean(db, now - DAY).await?;
     refresh::Entity::delete_many().filter(refresh::Column::ExpiresAt.lt(now)).exec(db).await?;
     let oldest = store.generation().await? - CHANGES;

@@ -34,7 +34,7 @@ macro_rules! tables {
             setting,
             node,
             access_log,
-            report,
+            boot,
             node_usage,
             lease,
             traffic,

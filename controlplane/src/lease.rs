@@ -11,15 +11,15 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use culvert_api::link;
 use sea_orm::{
     ColumnTrait, ConnectionTrait, DatabaseTransaction, DbErr, EntityTrait, QueryFilter,
-    QuerySelect, Set, TransactionTrait,
+    QuerySelect, QueryTrait, Set, TransactionTrait,
     sea_query::{Expr, OnConflict},
 };
 
 use crate::{
     calendar::Calendar,
     store::{
-        Command, ROWS, Store,
-        entity::{lease, node, node_usage, report, usage, user},
+        Boot, Command, ROWS, Store,
+        entity::{boot as boots, lease, node, node_usage, usage, user},
         now, retry,
     },
 };
@@ -27,11 +27,8 @@ use crate::{
 /// So little is not shared, in bytes.
 const SMALL: i64 = 1 << 20;
 
-/// A node that was silent so long has nothing to give, in microseconds.
+/// A boot that was silent so long has nothing to give, in microseconds.
 const SILENT: i64 = 20_000_000;
-
-/// A boot of a node.
-pub type Boot = (i64, i64);
 
 /// What there is of a user's quota, in bytes.
 #[derive(Debug, Default, Clone, Copy)]
@@ -43,8 +40,8 @@ struct Account {
     reported: i64,
     /// What others hold.
     others: i64,
-    /// Which of the others' nodes that can be asked holds most, and how much.
-    richest: Option<(i64, i64)>,
+    /// Which of the others that can be asked holds most, and how much.
+    richest: Option<(Boot, i64)>,
 }
 
 impl Account {
@@ -104,9 +101,8 @@ async fn accounts(
             }
             account.others += held;
             let richer = account.richest.is_none_or(|(_, most)| held > most);
-            let other = row.node_id != boot.0 && online.contains(&row.node_id);
-            if held > 0 && richer && other {
-                account.richest = Some((row.node_id, held));
+            if held > 0 && richer && online.contains(&of) {
+                account.richest = Some((of, held));
             }
         }
         account.granted = account.granted.max(account.reported);
@@ -117,12 +113,15 @@ async fn accounts(
     Ok(metered.into_iter().map(account).collect())
 }
 
-/// Nodes that were heard of a moment ago.
-async fn online(db: &impl ConnectionTrait) -> Result<BTreeSet<i64>, DbErr> {
-    let nodes = node::Entity::find()
-        .filter(node::Column::Status.eq("active"))
-        .filter(node::Column::SeenAt.gt(now() - SILENT));
-    Ok(nodes.all(db).await?.into_iter().map(|node| node.id).collect())
+/// Boots that were heard of a moment ago, and are not over.
+async fn online(db: &impl ConnectionTrait) -> Result<BTreeSet<Boot>, DbErr> {
+    let revoked = node::Entity::find().filter(node::Column::Status.ne("active"));
+    let revoked = revoked.select_only().column(node::Column::Id).into_query();
+    let online = boots::Entity::find()
+        .filter(boots::Column::SeenAt.gt(now() - SILENT))
+        .filter(boots::Column::Ended.eq(false))
+        .filter(boots::Column::NodeId.not_in_subquery(revoked));
+    Ok(online.all(db).await?.into_iter().map(|row| (row.node_id, row.boot)).collect())
 }
 
 /// Grants what can be granted to a boot. Who gets nothing now, because others are to give some back
@@ -145,14 +144,14 @@ pub async fn grant(
     .await?;
     let asks = !wanted.is_empty();
     if asks {
-        let commands = wanted.into_iter().map(|(node, user)| (node, Command::TakeBack, user));
+        let commands = wanted.into_iter().map(|(boot, user)| (boot, Command::TakeBack, user));
         store.command(commands.collect()).await?;
     }
     Ok((link::LeaseGrant { leases }, asks))
 }
 
-/// Leases, and of which nodes some of which users' are wanted back.
-type Granted = (Vec<link::Lease>, Vec<(i64, i64)>);
+/// Leases, and of which boots some of which users' are wanted back.
+type Granted = (Vec<link::Lease>, Vec<(Boot, i64)>);
 
 async fn grant_once(db: &DatabaseTransaction, boot: Boot, users: &[i64]) -> Result<Granted, DbErr> {
     // Nobody else grants of these until this is over.
@@ -162,15 +161,15 @@ async fn grant_once(db: &DatabaseTransaction, boot: Boot, users: &[i64]) -> Resu
         .exec(db)
         .await?;
     let (mut leases, mut rows, mut wanted) = (Vec::new(), Vec::new(), Vec::new());
-    let known = report::Entity::find_by_id(boot).one(db).await?;
+    let known = boots::Entity::find_by_id(boot).one(db).await?;
     if known.is_some_and(|known| known.ended) {
         // Nobody would ever account for it.
         return Ok((leases, wanted));
     }
-    let nodes = i64::try_from(online(db).await?.len()).unwrap_or(i64::MAX).max(1);
+    let shares = i64::try_from(online(db).await?.len()).unwrap_or(i64::MAX).max(1);
     for (user, account) in accounts(db, boot, users).await? {
         if account.free > 0 {
-            let more = (account.free / nodes).max(SMALL).min(account.free);
+            let more = (account.free / shares).max(SMALL).min(account.free);
             leases.push(account.lease(user, account.held() + more));
             rows.push(lease::ActiveModel {
                 node_id: Set(boot.0),
@@ -182,7 +181,7 @@ async fn grant_once(db: &DatabaseTransaction, boot: Boot, users: &[i64]) -> Resu
             continue;
         }
         match account.richest {
-            Some((node, most)) if most > account.held() => wanted.push((node, user)),
+            Some((richest, most)) if most > account.held() => wanted.push((richest, user)),
             // No less than the others have, or nothing more to come.
             richest => leases.push(link::Lease {
                 spent: richest.is_none(),

@@ -17,8 +17,8 @@ use std::{
 use culvert_api::link::{self, Down, Up, command, down, up};
 use culvert_link::{Acceptor, Identity, LinkError, Stream};
 use sea_orm::{
-    ActiveModelTrait, ColumnTrait, DbErr, EntityTrait, IntoActiveModel, QueryFilter, QueryOrder,
-    Set, TransactionTrait,
+    ActiveModelTrait, ColumnTrait, ConnectionTrait, DbErr, EntityTrait, IntoActiveModel,
+    QueryFilter, QueryOrder, Set, TransactionTrait, sea_query::OnConflict,
 };
 use tokio::{
     net::{TcpListener, UnixListener},
@@ -30,8 +30,8 @@ use crate::{
     http, lease,
     publish::{News, Publisher},
     store::{
-        Actor, Change, Command, ROWS, Store,
-        entity::{command as asked, heartbeat, node, session},
+        Actor, Boot, Change, Command, ROWS, Store,
+        entity::{boot, command as asked, heartbeat, node, session},
         note, now, retry,
     },
     usage,
@@ -290,6 +290,21 @@ impl Hub {
         change.seen_at = Set(Some(now()));
         change.generation = Set(hello.generation.cast_signed());
         change.update(self.store.db()).await?;
+        let begun = boot::ActiveModel {
+            node_id: Set(row.id),
+            boot: Set(hello.boot.cast_signed()),
+            sequence: Set(-1),
+            uncertain: Set(0),
+            ended: Set(false),
+            seen_at: Set(now()),
+        };
+        let over = OnConflict::columns([boot::Column::NodeId, boot::Column::Boot])
+            .update_column(boot::Column::SeenAt)
+            .to_owned();
+        boot::Entity::insert(begun)
+            .on_conflict(over)
+            .exec_without_returning(self.store.db())
+            .await?;
         Ok(Node {
             row,
             boot: hello.boot,
@@ -458,7 +473,8 @@ impl Hub {
     async fn told(&self, node: &Node, generation: u64, refusal: String) -> Result<(), DbErr> {
         let mut row = node::Entity::update_many()
             .col_expr(node::Column::Refusal, refusal.into())
-            .filter(node::Column::Id.eq(node.row.id));
+            .filter(node::Column::Id.eq(node.row.id))
+            .filter(node::Column::Boot.eq(node.boot.cast_signed()));
         if generation > 0 {
             row = row.col_expr(node::Column::Generation, generation.cast_signed().into());
         }
@@ -469,6 +485,7 @@ impl Hub {
         let at = now();
         let row = heartbeat::ActiveModel {
             node_id: Set(node.row.id),
+            boot: Set(node.boot.cast_signed()),
             at: Set(at),
             sessions: Set(beat.sessions.cast_signed()),
             cpu_us: Set(beat.cpu_us.cast_signed()),
@@ -479,13 +496,21 @@ impl Hub {
             uptime: Set(beat.uptime.cast_signed()),
         };
         heartbeat::Entity::insert(row).exec_without_returning(self.store.db()).await?;
-        node::Entity::update_many()
-            .col_expr(node::Column::SeenAt, at.into())
-            .col_expr(node::Column::Connected, true.into())
-            .filter(node::Column::Id.eq(node.row.id))
+        boot::Entity::update_many()
+            .col_expr(boot::Column::SeenAt, at.into())
+            .filter(boot::Column::NodeId.eq(node.row.id))
+            .filter(boot::Column::Boot.eq(node.boot.cast_signed()))
             .exec(self.store.db())
             .await?;
-        Ok(())
+        let mut row = node::Entity::update_many()
+            .col_expr(node::Column::SeenAt, at.into())
+            .col_expr(node::Column::Connected, true.into())
+            .filter(node::Column::Id.eq(node.row.id));
+        // While one boot drains, the node is the other.
+        if beat.ready {
+            row = row.col_expr(node::Column::Boot, node.boot.cast_signed().into());
+        }
+        row.exec(self.store.db()).await.map(drop)
     }
 
     /// Users whose quota is spent: a new generation that says so.
@@ -496,18 +521,19 @@ impl Hub {
         edit.commit(change.users(users.iter().copied())).await
     }
 
-    /// Puts a node's sessions in place of those it had before.
+    /// Puts a boot's sessions in place of those it had before.
     async fn live(&self, node: &Node, live: &link::Live) -> Result<(), DbErr> {
-        let id = node.row.id;
+        let ((id, boot), told_at) = (node.key(), now());
         let replace = || async {
             let db = self.store.db().begin().await?;
-            let old = session::Entity::delete_many();
-            old.filter(session::Column::NodeId.eq(id)).exec(&db).await?;
+            delete_sessions(&db, (id, boot)).await?;
             for part in live.sessions.chunks(ROWS) {
                 let rows = part.iter().map(|live| session::ActiveModel {
                     node_id: Set(id),
+                    boot: Set(boot),
                     session: Set(live.id.cast_signed()),
                     user_id: Set(live.user.cast_signed()),
+                    told_at: Set(told_at),
                     body: Set(String::from_utf8_lossy(&live.json).into_owned()),
                 });
                 session::Entity::insert_many(rows).exec_without_returning(&db).await?;
@@ -527,6 +553,7 @@ impl Hub {
         let rows = asked::Entity::find()
             .filter(asked::Column::Id.gt(last))
             .filter(asked::Column::NodeId.is_in([0, node.row.id]))
+            .filter(asked::Column::Boot.is_in([0, node.boot.cast_signed()]))
             .order_by_asc(asked::Column::Id)
             .all(self.store.db())
             .await;
@@ -568,10 +595,17 @@ impl Hub {
             .filter(node::Column::Id.eq(node.row.id))
             .filter(node::Column::Boot.eq(node.boot.cast_signed()));
         gone.exec(self.store.db()).await?;
-        let sessions = session::Entity::delete_many();
-        sessions.filter(session::Column::NodeId.eq(node.row.id)).exec(self.store.db()).await?;
-        Ok(())
+        delete_sessions(self.store.db(), node.key()).await
     }
+}
+
+async fn delete_sessions(db: &impl ConnectionTrait, (node, boot): Boot) -> Result<(), DbErr> {
+    session::Entity::delete_many()
+        .filter(session::Column::NodeId.eq(node))
+        .filter(session::Column::Boot.eq(boot))
+        .exec(db)
+        .await
+        .map(drop)
 }
 
 async fn sleep_until(time: Option<Instant>) {
@@ -614,7 +648,7 @@ struct Node {
 }
 
 impl Node {
-    fn key(&self) -> lease::Boot {
+    fn key(&self) -> Boot {
         (self.row.id, self.boot.cast_signed())
     }
 }

@@ -110,6 +110,9 @@ pub enum Command {
     TakeBack,
 }
 
+/// A boot of a node: the node's number, and the boot's.
+pub type Boot = (i64, i64);
+
 impl Command {
     const ALL: [Self; 4] = [Self::EndSession, Self::EndUser, Self::Drain, Self::TakeBack];
 
@@ -127,10 +130,11 @@ impl Command {
         Self::ALL.into_iter().find(|command| command.name() == row.kind)
     }
 
-    /// A row for whichever control plane has the node; node 0 is all.
-    pub fn row(self, node: i64, argument: i64) -> entity::command::ActiveModel {
+    /// A row for whichever control plane has the boot of a node; 0 is all nodes, or all boots of one.
+    pub fn row(self, (node, boot): Boot, argument: i64) -> entity::command::ActiveModel {
         entity::command::ActiveModel {
             node_id: Set(node),
+            boot: Set(boot),
             kind: Set(self.name().to_owned()),
             argument: Set(argument),
             at: Set(now()),
@@ -271,15 +275,15 @@ impl Store {
         retry(begin).await
     }
 
-    /// Leaves commands that nobody has given, for nodes and with their arguments. Under the lock of
+    /// Leaves commands that nobody has given, for boots of nodes and with their arguments. Under the lock of
     /// edits, so that commands are seen in the order of their numbers.
     ///
     /// # Errors
     /// The database failed; none was left then.
-    pub async fn command(&self, commands: Vec<(i64, Command, i64)>) -> Result<(), DbErr> {
+    pub async fn command(&self, commands: Vec<(Boot, Command, i64)>) -> Result<(), DbErr> {
         let db = self.lock().await?;
         let rows =
-            commands.into_iter().map(|(node, command, argument)| command.row(node, argument));
+            commands.into_iter().map(|(boot, command, argument)| command.row(boot, argument));
         entity::command::Entity::insert_many(rows).exec_without_returning(&db).await?;
         db.commit().await
     }

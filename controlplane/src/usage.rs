@@ -4,8 +4,9 @@ use std::collections::HashMap;
 
 use culvert_api::link;
 use sea_orm::{
-    ColumnTrait, ConnectionTrait, DatabaseBackend, DatabaseTransaction, DbErr, EntityTrait,
-    QueryFilter, Set, Statement, TransactionTrait, sea_query::OnConflict,
+    ActiveModelTrait, ColumnTrait, ConnectionTrait, DatabaseBackend, DatabaseTransaction, DbErr,
+    EntityTrait, IntoActiveModel, QueryFilter, Set, Statement, TransactionTrait,
+    sea_query::OnConflict,
 };
 use time::OffsetDateTime;
 
@@ -13,7 +14,7 @@ use crate::{
     calendar::{Calendar, TOTAL},
     store::{
         ROWS, Store,
-        entity::{access_log, node_usage, report, usage, user},
+        entity::{access_log, boot, node_usage, usage, user},
         now, retry,
     },
 };
@@ -81,8 +82,8 @@ async fn apply_once(
     node: i64,
     said: &link::Report,
 ) -> Result<Vec<i64>, DbErr> {
-    let (boot, sequence) = (said.boot.cast_signed(), said.sequence.cast_signed());
-    let key = (node, boot);
+    let sequence = said.sequence.cast_signed();
+    let key = (node, said.boot.cast_signed());
     // The row's lock first: what is read afterwards is what the report before left.
     let backend = db.get_database_backend();
     let over = match backend {
@@ -90,28 +91,23 @@ async fn apply_once(
         _ => "ON CONFLICT (node_id, boot) DO UPDATE SET uncertain = uncertain",
     };
     let sql = format!(
-        "INSERT INTO reports (node_id, boot, sequence, uncertain, ended) VALUES ({node}, {boot}, -1, 0, FALSE) {over}"
+        "INSERT INTO boots (node_id, boot, sequence, uncertain, ended, seen_at) \
+         VALUES ({node}, {}, -1, 0, FALSE, {}) {over}",
+        key.1,
+        now()
     );
     db.execute_raw(Statement::from_string(backend, sql)).await?;
-    let known = report::Entity::find_by_id(key).one(db).await?;
-    if known.as_ref().is_some_and(|known| known.sequence >= sequence) {
+    let known = boot::Entity::find_by_id(key).one(db).await?;
+    let Some(known) = known.filter(|known| known.sequence < sequence) else {
         return Ok(Vec::new());
-    }
-    let row = report::ActiveModel {
-        node_id: Set(node),
-        boot: Set(boot),
-        sequence: Set(sequence),
-        uncertain: Set(said.uncertain.cast_signed()),
-        ended: Set(said.last || known.is_some_and(|known| known.ended)),
     };
-    let over = OnConflict::columns([report::Column::NodeId, report::Column::Boot])
-        .update_columns([
-            report::Column::Sequence,
-            report::Column::Uncertain,
-            report::Column::Ended,
-        ])
-        .to_owned();
-    report::Entity::insert(row).on_conflict(over).exec_without_returning(db).await?;
+    let mut row = known.into_active_model();
+    row.sequence = Set(sequence);
+    row.uncertain = Set(said.uncertain.cast_signed());
+    if said.last {
+        row.ended = Set(true);
+    }
+    row.update(db).await?;
 
     // In one order, so that two control planes do not wait for each other in a circle.
     let mut users = said.users.clone();

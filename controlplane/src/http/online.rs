@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use axum::{Json, extract::State, http::StatusCode};
 use sea_orm::{
     ColumnTrait, EntityTrait, ExprTrait, PaginatorTrait, QueryFilter, QueryOrder, QuerySelect,
-    sea_query::Expr,
+    Select, sea_query::Expr,
 };
 use serde::{Deserialize, Serialize};
 use utoipa::{IntoParams, ToSchema};
@@ -13,9 +13,13 @@ use utoipa_axum::{router::OpenApiRouter, routes};
 
 use super::{Admin, App, Caller, Id, Page, Paging, Params, Problem, problem::Result};
 use crate::store::{
-    Change, Command,
+    Boot, Change, Command,
     entity::{command, session, user},
+    now,
 };
+
+/// Nodes tell their sessions every 5 s; what is so old, in microseconds, is of one that is gone.
+const SILENT: i64 = 20_000_000;
 
 pub(super) fn routes() -> OpenApiRouter<App> {
     OpenApiRouter::new()
@@ -28,7 +32,7 @@ pub(super) fn routes() -> OpenApiRouter<App> {
 /// A session that runs.
 #[derive(Debug, Serialize, ToSchema)]
 struct SessionView {
-    /// For ending it: the node's number, a dash, the session's.
+    /// For ending it: the numbers of the node, of its boot and of the session, with dashes between.
     id: String,
     /// The node.
     node_id: String,
@@ -49,6 +53,11 @@ struct Which {
     node_id: Option<String>,
 }
 
+/// What nodes have told a moment ago: one may be gone, with the control plane that would have noticed.
+pub(super) fn running() -> Select<session::Entity> {
+    session::Entity::find().filter(session::Column::ToldAt.gt(now() - SILENT))
+}
+
 /// Sessions that run, on all nodes; others than admins see only their own. At most 5 s old.
 #[utoipa::path(get, path = "/online", tag = "online", params(Paging, Which),
     responses((status = 200, body = Page<SessionView>), (status = 400, body = Problem), (status = 401, body = Problem), (status = 503, body = Problem)))]
@@ -58,7 +67,7 @@ async fn list(
     Params(paging): Params<Paging>,
     Params(which): Params<Which>,
 ) -> Result<Json<Page<SessionView>>> {
-    let mut query = session::Entity::find();
+    let mut query = running();
     let number = |text: &str| text.parse::<i64>().unwrap_or(-1);
     if let Some(user) = &which.user_id {
         query = query.filter(session::Column::UserId.eq(number(user)));
@@ -69,9 +78,12 @@ async fn list(
     if !caller.is_admin() {
         query = query.filter(session::Column::UserId.eq(caller.user.id));
     }
-    let query = query.order_by_asc(session::Column::NodeId).order_by_asc(session::Column::Session);
+    let query = query
+        .order_by_asc(session::Column::NodeId)
+        .order_by_asc(session::Column::Boot)
+        .order_by_asc(session::Column::Session);
     let view = |row: session::Model| SessionView {
-        id: format!("{}-{}", row.node_id, row.session),
+        id: format!("{}-{}-{}", row.node_id, row.boot.cast_unsigned(), row.session),
         node_id: row.node_id.to_string(),
         user_id: (row.user_id > 0).then(|| row.user_id.to_string()),
         session: serde_json::from_str(&row.body).unwrap_or_default(),
@@ -102,7 +114,7 @@ async fn users(
 ) -> Result<Json<Page<OnlineUser>>> {
     let (size, skip) = paging.bounds()?;
     let (db, id) = (app.store.db(), session::Column::UserId);
-    let named = session::Entity::find().filter(id.gt(0)).select_only();
+    let named = running().filter(id.gt(0)).select_only();
     let total = named.clone().column(id).distinct().count(db).await?;
     let (sessions, nodes) = (session::Column::Session, session::Column::NodeId);
     let distinct_nodes = Expr::col(nodes).count_distinct();
@@ -139,13 +151,12 @@ async fn kick(
     axum::extract::Path(id): axum::extract::Path<String>,
 ) -> Result<StatusCode> {
     let missing = || Problem::missing("session");
-    let (node, number) = id.split_once('-').ok_or_else(missing)?;
-    let (Ok(node), Ok(number)) = (node.parse::<i64>(), number.parse::<i64>()) else {
-        return Err(missing());
-    };
-    let known = session::Entity::find_by_id((node, number)).one(app.store.db()).await?;
+    let numbers: Option<Vec<u64>> = id.split('-').map(|number| number.parse().ok()).collect();
+    let numbers: [u64; 3] = numbers.and_then(|all| all.try_into().ok()).ok_or_else(missing)?;
+    let [node, boot, number] = numbers.map(u64::cast_signed);
+    let known = session::Entity::find_by_id((node, boot, number)).one(app.store.db()).await?;
     known.ok_or_else(missing)?;
-    ask(&app, &caller, node, Command::EndSession, number, &id).await
+    ask(&app, &caller, (node, boot), Command::EndSession, number, &id).await
 }
 
 /// End all sessions of a user, on all nodes.
@@ -154,21 +165,21 @@ async fn kick(
 async fn kick_user(State(app): State<App>, Admin(caller): Admin, Id(id): Id) -> Result<StatusCode> {
     let user = user::Entity::find_by_id(id).one(app.store.db()).await?;
     let user = user.ok_or_else(|| Problem::missing("user"))?;
-    ask(&app, &caller, 0, Command::EndUser, id, &user.name).await
+    ask(&app, &caller, (0, 0), Command::EndUser, id, &user.name).await
 }
 
-/// Leaves a command for whichever control plane has the node; node 0 is all.
+/// Leaves a command for whichever control plane has the boot of a node; 0 is all.
 pub(super) async fn ask(
     app: &App,
     caller: &Caller,
-    node: i64,
+    boot: Boot,
     command: Command,
     argument: i64,
     subject: &str,
 ) -> Result<StatusCode> {
     let edit = app.store.edit(caller.actor()).await?;
     let db = edit.db();
-    let row = command.row(node, argument);
+    let row = command.row(boot, argument);
     command::Entity::insert(row).exec_without_returning(db).await?;
     let action = match command {
         Command::EndSession => "online.end_session",

@@ -188,7 +188,7 @@ async fn revoke(State(app): State<App>, Admin(caller): Admin, Id(id): Id) -> Res
 async fn drain(State(app): State<App>, Admin(caller): Admin, Id(id): Id) -> Result<StatusCode> {
     let row = node::Entity::find_by_id(id).one(app.store.db()).await?;
     let row = row.ok_or_else(|| Problem::missing("node"))?;
-    ask(&app, &caller, id, Command::Drain, 0, &row.name).await
+    ask(&app, &caller, (id, 0), Command::Drain, 0, &row.name).await
 }
 
 /// How the proxies are.
@@ -225,6 +225,8 @@ async fn health(State(app): State<App>, _: Admin) -> Result<Json<Health>> {
 struct HeartbeatView {
     /// The node.
     node_id: String,
+    /// The boot: a node that drains while its successor runs has two.
+    boot: String,
     /// When.
     #[schema(format = DateTime)]
     at: String,
@@ -267,6 +269,7 @@ async fn heartbeats(
     }
     let view = |row: heartbeat::Model| HeartbeatView {
         node_id: row.node_id.to_string(),
+        boot: row.boot.cast_unsigned().to_string(),
         at: time_text(row.at),
         sessions: row.sessions,
         cpu_us: row.cpu_us,

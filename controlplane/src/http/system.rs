@@ -8,7 +8,7 @@ use utoipa_axum::{router::OpenApiRouter, routes};
 
 use super::{Admin, App, Problem, problem::Result, users::time_text};
 use crate::store::{
-    entity::{access_log, session, user},
+    entity::{access_log, user},
     now,
 };
 
@@ -71,7 +71,7 @@ async fn stats(State(app): State<App>, _: Admin) -> Result<Json<Stats>> {
     let db = app.store.db();
     Ok(Json(Stats {
         users: user::Entity::find().count(db).await?,
-        sessions: session::Entity::find().count(db).await?,
+        sessions: super::online::running().count(db).await?,
         access_logs: access_log::Entity::find().count(db).await?,
         generation: app.store.generation().await?,
     }))

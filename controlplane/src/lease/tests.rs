@@ -84,10 +84,24 @@ impl Fleet {
         let user = row.insert(store.db()).await.unwrap().id;
         let mut fleet = Self { store, user, nodes: Vec::new(), command: 0, _folder: folder };
         for number in 0..nodes {
-            let mut row = http::new_node(&format!("node {number}"), "");
-            row.seen_at = Set(Some(now() + 3_600_000_000));
-            let id = row.insert(fleet.store.db()).await.unwrap().id;
-            fleet.nodes.push(Node { boot: (id, 7), ..Node::default() });
+            // The second boot of one is that of a node whose first drains.
+            let boot = match number {
+                1 => (fleet.nodes[0].boot.0, 8),
+                _ => {
+                    let row = http::new_node(&format!("node {number}"), "");
+                    (row.insert(fleet.store.db()).await.unwrap().id, 7)
+                }
+            };
+            let row = boots::ActiveModel {
+                node_id: Set(boot.0),
+                boot: Set(boot.1),
+                sequence: Set(-1),
+                uncertain: Set(0),
+                ended: Set(false),
+                seen_at: Set(now() + 3_600_000_000),
+            };
+            boots::Entity::insert(row).exec_without_returning(fleet.store.db()).await.unwrap();
+            fleet.nodes.push(Node { boot, ..Node::default() });
         }
         fleet
     }
@@ -134,7 +148,8 @@ impl Fleet {
         for row in rows {
             self.command = self.command.max(row.id);
             assert_eq!(Command::of(&row), Some(Command::TakeBack));
-            let node = self.nodes.iter_mut().find(|node| node.boot.0 == row.node_id).unwrap();
+            let node =
+                self.nodes.iter_mut().find(|node| node.boot == (row.node_id, row.boot)).unwrap();
             let lower =
                 take_back(&self.store, node.boot, row.argument.cast_unsigned()).await.unwrap();
             if !lower.leases.is_empty() && !std::mem::replace(&mut node.taken_back, true) {

@@ -75,12 +75,13 @@ table!(
 );
 table!(
     /// How nodes were.
-    heartbeat = "proxy_heartbeats", false: node_id: i64, at: i64;
+    heartbeat = "proxy_heartbeats", false: node_id: i64, boot: i64, at: i64;
     sessions: i64, cpu_us: i64, memory: i64, up: i64, down: i64, ready: bool, uptime: i64,
 );
 table!(
     /// Sessions that run.
-    session = "proxy_sessions", false: node_id: i64, session: i64; user_id: i64, body: String
+    session = "proxy_sessions", false: node_id: i64, boot: i64, session: i64;
+    user_id: i64, told_at: i64, body: String
 );
 table!(
     /// Ended sessions.
@@ -89,8 +90,9 @@ table!(
     client: String, target: String, ended: String, bytes_up: i64, bytes_down: i64, body: String,
 );
 table!(
-    /// What was applied of each boot of a node.
-    report = "reports", false: node_id: i64, boot: i64; sequence: i64, uncertain: i64, ended: bool
+    /// Boots of nodes, and what was applied of their reports.
+    boot = "boots", false: node_id: i64, boot: i64;
+    sequence: i64, uncertain: i64, ended: bool, seen_at: i64
 );
 table!(
     /// The sums of a boot, as last reported.
@@ -121,5 +123,6 @@ table!(
 );
 table!(
     /// What is asked of nodes.
-    command = "commands", true: id: i64; node_id: i64, kind: String, argument: i64, at: i64
+    command = "commands", true: id: i64;
+    node_id: i64, boot: i64, kind: String, argument: i64, at: i64
 );

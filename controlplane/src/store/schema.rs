@@ -178,6 +178,7 @@ fn tables() -> Vec<TableCreateStatement> {
             "proxy_heartbeats",
             &[
                 ("node_id", Number),
+                ("boot", Number),
                 ("at", Number),
                 ("sessions", Number),
                 ("cpu_us", Number),
@@ -187,13 +188,20 @@ fn tables() -> Vec<TableCreateStatement> {
                 ("ready", Flag),
                 ("uptime", Number),
             ],
-            &["node_id", "at"],
+            &["node_id", "boot", "at"],
         ),
-        // The sessions that run, as the nodes tell them.
+        // The sessions that run, as each boot of a node tells them.
         table(
             "proxy_sessions",
-            &[("node_id", Number), ("session", Number), ("user_id", Number), ("body", Text)],
-            &["node_id", "session"],
+            &[
+                ("node_id", Number),
+                ("boot", Number),
+                ("session", Number),
+                ("user_id", Number),
+                ("told_at", Number),
+                ("body", Text),
+            ],
+            &["node_id", "boot", "session"],
         ),
         table(
             "access_logs",
@@ -213,15 +221,16 @@ fn tables() -> Vec<TableCreateStatement> {
             ],
             &[],
         ),
-        // What has been applied of each boot of a node.
+        // Each boot of a node: when it was last heard of, and what of its reports has been applied.
         table(
-            "reports",
+            "boots",
             &[
                 ("node_id", Number),
                 ("boot", Number),
                 ("sequence", Number),
                 ("uncertain", Number),
                 ("ended", Flag),
+                ("seen_at", Number),
             ],
             &["node_id", "boot"],
         ),
@@ -292,7 +301,13 @@ fn tables() -> Vec<TableCreateStatement> {
         // What any control plane asks of a node.
         table(
             "commands",
-            &[("node_id", Number), ("kind", Name(32)), ("argument", Number), ("at", Number)],
+            &[
+                ("node_id", Number),
+                ("boot", Number),
+                ("kind", Name(32)),
+                ("argument", Number),
+                ("at", Number),
+            ],
             &[],
         ),
     ]
@@ -305,6 +320,7 @@ const INDICES: &[(&str, bool, &[&str])] = &[
     ("ip_whitelist", true, &["cidr"]),
     ("nodes", true, &["name"]),
     ("nodes", false, &["certificate"]),
+    ("boots", false, &["seen_at"]),
     ("leases", false, &["user_id"]),
     ("access_logs", true, &["node_id", "boot", "sequence"]),
     ("access_logs", false, &["at"]),

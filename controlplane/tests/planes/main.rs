@@ -5,6 +5,7 @@
 
 mod accounting;
 mod api;
+mod boots;
 mod faults;
 mod policy;
 mod support;

@@ -387,11 +387,24 @@ impl Planes {
 
     /// Starts a node with the keys of its `[control]`.
     pub fn node_by(&self, name: &str, control: &str) -> Node {
-        let dir = self.folder.path().join(name);
-        let config = self.folder.path().join(format!("{name}.toml"));
+        self.node_of(name, name, "1s", control)
+    }
+
+    /// Starts another boot of a node, beside the one that runs, which both take long to drain.
+    pub fn boot(&self, name: &str, number: u32) -> Node {
+        let socket = self.folder.path().join("control/control.sock");
+        let control = format!("connect = 'unix:{}'", socket.display());
+        let node = self.node_of(&format!("{name}-{number}"), name, "30s", &control);
+        node.program.await_line("policy followed");
+        node
+    }
+
+    fn node_of(&self, folder: &str, name: &str, drain: &str, control: &str) -> Node {
+        let dir = self.folder.path().join(folder);
+        let config = self.folder.path().join(format!("{folder}.toml"));
         let text = format!(
             "[node]\nname = '{name}'\nstate_dir = '{}'\n[[listener]]\nbind = '127.0.0.1:0'\n\
-             [admin]\nbind = 'none'\n[timeouts]\ndrain = '1s'\n\
+             [admin]\nbind = 'none'\n[timeouts]\ndrain = '{drain}'\n\
              [limits]\nsessions_per_address = 100000\nnew_sessions_per_second_per_address = 0\n\
              [control]\n{control}\n",
             dir.display(),
