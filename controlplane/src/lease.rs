@@ -182,9 +182,10 @@ async fn grant_once(db: &DatabaseTransaction, boot: Boot, users: &[i64]) -> Resu
         }
         match account.richest {
             Some((richest, most)) if most > account.held() => wanted.push((richest, user)),
-            // No less than the others have, or nothing more to come.
-            richest => leases.push(link::Lease {
-                spent: richest.is_none(),
+            // No less than the others have, or nothing more to come. Others that have been silent may
+            // still bring something back.
+            _ => leases.push(link::Lease {
+                spent: account.others == 0,
                 ..account.lease(user, account.held())
             }),
         }

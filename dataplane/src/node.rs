@@ -90,8 +90,9 @@ pub struct Node {
     follower: Option<Arc<Follower>>,
     /// The addresses as configured, where port 0 is still 0.
     binds: Vec<SocketAddr>,
-    /// Until when expiries have been acted on, in seconds since 1970.
+    /// When sessions were last judged, and when the next user expires, in seconds since 1970.
     judged: AtomicI64,
+    next_expiry: AtomicI64,
     ready: AtomicBool,
     drain_timeout: Duration,
     state_dir: Option<PathBuf>,
@@ -243,6 +244,7 @@ impl Node {
             own,
             binds: config.listeners.iter().map(|listener| listener.bind).collect(),
             judged: AtomicI64::new(worker::unix_now()),
+            next_expiry: AtomicI64::new(0),
             drain,
             ready: AtomicBool::new(true),
             drain_timeout: config.drain,
@@ -341,18 +343,21 @@ impl Node {
         Err(vec![Problem::new(Place::Nowhere, "listener", message)])
     }
 
-    /// When the next user of the present snapshot expires whose sessions have not been judged for it,
-    /// in seconds since 1970.
-    pub fn next_expiry(&self) -> Option<i64> {
-        let judged = self.judged.load(Relaxed);
-        let snapshot = self.shared.snapshot.load();
-        snapshot.directory.users().filter_map(|user| user.expires).filter(|&at| at > judged).min()
-    }
-
     /// Has all sessions judged again.
     pub fn judge(&self) {
-        self.judged.store(worker::unix_now(), Relaxed);
+        let (now, snapshot) = (worker::unix_now(), self.shared.snapshot.load());
+        let expiries = snapshot.directory.users().filter_map(|user| user.expires);
+        self.judged.store(now, Relaxed);
+        self.next_expiry.store(expiries.filter(|&at| at > now).min().unwrap_or(i64::MAX), Relaxed);
         self.tell(|| Message::Judge);
+    }
+
+    /// Has all sessions judged again if a user has expired since, or the clock was set back.
+    pub fn judge_expired(&self) {
+        let now = worker::unix_now();
+        if now >= self.next_expiry.load(Relaxed) || now < self.judged.load(Relaxed) {
+            self.judge();
+        }
     }
 
     /// Whether the node takes sessions.

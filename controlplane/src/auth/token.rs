@@ -31,6 +31,9 @@ pub struct Claims {
     pub until: i64,
 }
 
+/// How far ahead another control plane's clock may be, in seconds.
+const SKEW: i64 = 60;
+
 #[derive(Serialize, Deserialize)]
 struct Body {
     sub: String,
@@ -71,9 +74,13 @@ impl Tokens {
         encode(&Header::new(Algorithm::HS256), &body, &self.encoding).ok()
     }
 
-    /// What a token says, if it is ours and good.
+    /// What a token says, if it is ours and good: not expired by this clock, and not from more than a minute
+    /// ahead of it, by which clocks of control planes may differ.
     pub fn check(&self, token: &str) -> Option<Claims> {
         let body = decode::<Body>(token, &self.decoding, &self.validation).ok()?.claims;
+        if body.iat > now() / 1_000_000 + SKEW {
+            return None;
+        }
         Some(Claims { user: body.sub.parse().ok()?, epoch: body.epoch, until: body.exp })
     }
 }

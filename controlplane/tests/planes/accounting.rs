@@ -227,7 +227,7 @@ fn a_spent_quota_ends_the_users_sessions_and_a_reset_gives_it_back() {
 }
 
 /// A target that says as much as is read.
-fn source() -> SocketAddr {
+pub(crate) fn source() -> SocketAddr {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let address = listener.local_addr().unwrap();
     thread::spawn(move || {

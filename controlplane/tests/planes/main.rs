@@ -6,6 +6,7 @@
 mod accounting;
 mod api;
 mod boots;
+mod clock;
 mod faults;
 mod policy;
 mod support;

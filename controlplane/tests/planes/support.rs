@@ -47,10 +47,6 @@ pub struct Program {
 }
 
 impl Program {
-    fn start(path: &Path, arguments: &[&str]) -> Self {
-        Self::spawn(Command::new(path).args(arguments))
-    }
-
     pub fn spawn(command: &mut Command) -> Self {
         let mut child = command.stdin(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
         let (sender, lines) = mpsc::channel();
@@ -120,6 +116,8 @@ pub struct Planes {
     pub link: SocketAddr,
     pub token: String,
     database: Option<String>,
+    /// Of all programs.
+    environment: Vec<(&'static str, String)>,
 }
 
 /// A node.
@@ -238,10 +236,19 @@ impl Planes {
 
     /// Starts with more keys of the server; nobody is logged in.
     pub fn start_with(database: Option<String>, server: &str) -> Self {
+        Self::start_as(database, server, Vec::new())
+    }
+
+    /// The same, in an environment.
+    pub fn start_as(
+        database: Option<String>,
+        server: &str,
+        environment: Vec<(&'static str, String)>,
+    ) -> Self {
         let folder = tempfile::tempdir().unwrap();
         Self::configure(folder.path(), database.as_deref(), server);
-        let (control, [api, link]) = Self::start_control(folder.path());
-        Self { folder, control, api, link, token: String::new(), database }
+        let (control, [api, link]) = Self::start_control(folder.path(), &environment);
+        Self { folder, control, api, link, token: String::new(), database, environment }
     }
 
     /// Starts one whose state directory is a disk of so many bytes of its own, at the same path.
@@ -256,7 +263,8 @@ impl Planes {
         command.args(["-r", "-m", "sh", "-c", &script, env!("CARGO_BIN_EXE_culvert-control")]);
         let (control, [api, link]) =
             Self::listening(Program::spawn(command.args(Self::serve(folder.path()))));
-        let planes = Self { folder, control, api, link, token: String::new(), database: None };
+        let (token, environment) = (String::new(), Vec::new());
+        let planes = Self { folder, control, api, link, token, database: None, environment };
         let password = fs::read_to_string(planes.on_disk("initial-admin")).unwrap();
         let token = planes.login("admin", password.trim().split(' ').nth(1).unwrap()).unwrap();
         Self { token, ..planes }
@@ -285,9 +293,13 @@ impl Planes {
         fs::write(&config, text).unwrap();
     }
 
-    fn start_control(folder: &Path) -> (Program, [SocketAddr; 2]) {
-        let program = env!("CARGO_BIN_EXE_culvert-control");
-        Self::listening(Program::spawn(Command::new(program).args(Self::serve(folder))))
+    fn start_control(
+        folder: &Path,
+        environment: &[(&'static str, String)],
+    ) -> (Program, [SocketAddr; 2]) {
+        let mut program = Command::new(env!("CARGO_BIN_EXE_culvert-control"));
+        program.args(Self::serve(folder)).envs(environment.iter().cloned());
+        Self::listening(Program::spawn(&mut program))
     }
 
     fn serve(folder: &Path) -> [String; 3] {
@@ -311,9 +323,10 @@ impl Planes {
             fs::copy(self.folder.path().join("control").join(key), dir.join(key)).unwrap();
         }
         Self::configure(folder.path(), self.database.as_deref(), "");
-        let (control, [api, link]) = Self::start_control(folder.path());
+        let environment = self.environment.clone();
+        let (control, [api, link]) = Self::start_control(folder.path(), &environment);
         let (token, database) = (self.token.clone(), self.database.clone());
-        Self { folder, control, api, link, token, database }
+        Self { folder, control, api, link, token, database, environment }
     }
 
     /// Runs a command of the control plane; whether it succeeded, and what it said.
@@ -360,7 +373,7 @@ impl Planes {
     }
 
     pub fn restart_control(&mut self) {
-        let (control, [api, link]) = Self::start_control(self.folder.path());
+        let (control, [api, link]) = Self::start_control(self.folder.path(), &self.environment);
         (self.control, self.api, self.link) = (control, api, link);
     }
 
@@ -413,7 +426,9 @@ impl Planes {
         let control = Path::new(env!("CARGO_BIN_EXE_culvert-control"));
         let path = control.with_file_name("culvert");
         assert!(path.exists(), "build the data plane first: cargo build -p culvert");
-        let program = Program::start(&path, &["run", "-c", config.to_str().unwrap()]);
+        let mut program = Command::new(path);
+        program.args(["run", "-c", config.to_str().unwrap()]).envs(self.environment.clone());
+        let program = Program::spawn(&mut program);
         let proxy = address_of(&program.await_line("listening"), "address=");
         Node { program, proxy, dir, name: name.to_owned() }
     }

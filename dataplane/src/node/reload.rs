@@ -20,8 +20,8 @@ use crate::config::Config;
 
 /// A changed file is read when nothing has happened to it for so long.
 const QUIET: Duration = Duration::from_millis(200);
-/// Longest sleep until a user's expiry is looked at again.
-const EXPIRY_MAX: Duration = Duration::from_secs(3600);
+/// How often the clock is looked at for users that expire; it may step.
+const LOOK: Duration = Duration::from_secs(1);
 
 /// Where the configuration came from.
 #[derive(Debug, Clone)]
@@ -63,6 +63,8 @@ pub(super) async fn serve(
         Source::CommandLine => None,
     };
     node.announce();
+    let mut look = tokio::time::interval(LOOK);
+    look.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     loop {
         tokio::select! {
             _ = terminate.recv() => break,
@@ -73,18 +75,11 @@ pub(super) async fn serve(
                 while let Ok(Some(())) = tokio::time::timeout(QUIET, changes.recv()).await {}
                 reload(node, &source).await;
             }
-            () = expiry(node) => node.judge(),
+            _ = look.tick() => node.judge_expired(),
         }
     }
     node.drain().await;
     Ok(())
-}
-
-/// Waits until a user has expired.
-async fn expiry(node: &Node) {
-    let Some(at) = node.next_expiry() else { return std::future::pending().await };
-    let left = u64::try_from(at - crate::worker::unix_now()).unwrap_or(0);
-    tokio::time::sleep(Duration::from_secs(left).min(EXPIRY_MAX)).await;
 }
 
 /// Reads the file again; a bad one changes nothing.
