@@ -4,9 +4,11 @@
 mod access;
 mod spool;
 
+use std::sync::OnceLock;
+
 use culvert_api::Problem;
 use tracing_appender::{
-    non_blocking::{NonBlocking, NonBlockingBuilder, WorkerGuard},
+    non_blocking::{ErrorCounter, NonBlocking, NonBlockingBuilder, WorkerGuard},
     rolling::{RollingFileAppender, Rotation},
 };
 use tracing_subscriber::EnvFilter;
@@ -18,6 +20,13 @@ use crate::config::{LogConfig, Rotate};
 
 /// Lines of the log that may wait for its writer; further ones are dropped.
 const LINES_MAX: usize = 16_384;
+
+static DROPPED: OnceLock<ErrorCounter> = OnceLock::new();
+
+/// Lines of the log that were dropped because their writer did not keep up.
+pub fn lines_dropped() -> u64 {
+    DROPPED.get().map_or(0, |dropped| dropped.dropped_lines() as u64)
+}
 
 /// Keeps the log's writer until the process ends.
 pub struct Logging {
@@ -33,6 +42,7 @@ pub fn start(config: &LogConfig) -> anyhow::Result<Logging> {
         None => lossy(std::io::stderr()),
         Some(path) => lossy(rolling(path, config.rotate)?),
     };
+    let _ = DROPPED.set(writer.error_counter());
     let filter = EnvFilter::try_new(&config.level).unwrap_or_else(|_| EnvFilter::new("info"));
     let builder = tracing_subscriber::fmt()
         .with_env_filter(filter)

@@ -43,6 +43,11 @@ const HELP: &[(&str, bool, &str)] = &[
     ("culvert_records_dropped_total", true, "Access records that found their queue full"),
     ("culvert_records_written_total", true, "Access records written"),
     ("culvert_records_lost_total", true, "Access records that could not be written"),
+    (
+        "culvert_log_lines_dropped_total",
+        true,
+        "Lines of the log that its writer did not keep up with",
+    ),
     ("culvert_dns_lookups_total", true, "Names looked up, by where the answer came from"),
     ("culvert_revoked_total", true, "Sessions ended because a new snapshot forbids them"),
     ("culvert_spliced_total", true, "Sessions of which a direction was moved to splice"),
@@ -146,6 +151,7 @@ fn set_all(node: &Node) {
     total("culvert_records_dropped_total", &|c| &c.records_dropped);
     counter!("culvert_records_written_total").absolute(node.access.written());
     counter!("culvert_records_lost_total").absolute(node.access.lost());
+    counter!("culvert_log_lines_dropped_total").absolute(crate::log::lines_dropped());
     let lookups: [(&str, Of<Counter>); 3] = [
         ("cache", |c| &c.dns_cached),
         ("server", |c| &c.dns_asked),

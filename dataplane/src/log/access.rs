@@ -5,8 +5,9 @@ use std::{
     sync::{
         Arc, Mutex,
         atomic::{AtomicBool, AtomicU64, Ordering::Relaxed},
+        mpsc::{self, Receiver, RecvTimeoutError},
     },
-    thread::{self, JoinHandle},
+    thread::{self, Thread},
     time::Duration,
 };
 
@@ -17,10 +18,14 @@ use crate::{config::LogConfig, session::Record};
 
 /// How often the queues are looked at.
 const PAUSE: Duration = Duration::from_millis(200);
+/// How long the last records may take.
+const LAST_RECORDS: Duration = Duration::from_secs(3);
 
 /// The writer of access records.
 pub struct AccessLog {
-    thread: Mutex<Option<JoinHandle<()>>>,
+    thread: Thread,
+    /// Disconnected when the thread has ended.
+    ended: Mutex<Receiver<()>>,
     shared: Arc<Shared>,
 }
 
@@ -55,12 +60,15 @@ impl AccessLog {
             spool,
         });
         let writer = shared.clone();
-        let thread =
-            thread::Builder::new().name("access-log".into()).spawn(move || match file {
+        let (ends, ended) = mpsc::channel();
+        let thread = thread::Builder::new().name("access-log".into()).spawn(move || {
+            let _ends: mpsc::Sender<()> = ends;
+            match file {
                 Some(file) => writer.run(BufWriter::with_capacity(64 * 1024, file)),
                 None => writer.run(std::io::sink()),
-            })?;
-        Ok(Self { thread: Mutex::new(Some(thread)), shared })
+            }
+        })?;
+        Ok(Self { thread: thread.thread().clone(), ended: Mutex::new(ended), shared })
     }
 
     /// Records written.
@@ -73,13 +81,14 @@ impl AccessLog {
         self.shared.lost.load(Relaxed)
     }
 
-    /// Writes what is queued and ends.
+    /// Writes what is queued and ends, within 3 s: a log may take nothing more.
     pub fn end(&self) {
         self.shared.ending.store(true, Relaxed);
-        let thread = self.thread.lock().ok().and_then(|mut thread| thread.take());
-        if let Some(thread) = thread {
-            thread.thread().unpark();
-            let _ = thread.join();
+        self.thread.unpark();
+        let ended = self.ended.lock().map(|ended| ended.recv_timeout(LAST_RECORDS));
+        if matches!(ended, Ok(Err(RecvTimeoutError::Timeout))) {
+            let queued: usize = self.shared.queues.iter().map(|queue| queue.len()).sum();
+            tracing::error!(queued, "the access log takes nothing; its last records are lost");
         }
     }
 }

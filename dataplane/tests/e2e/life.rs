@@ -4,12 +4,17 @@ use std::{
     io::{Read, Write},
     os::unix::fs::PermissionsExt,
     process::{Command, Stdio},
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering::Relaxed},
+    },
+    thread,
     time::{Duration, Instant},
 };
 
 use culvert_proto::Target;
 
-use crate::support::{PASSWORD, Setup, echo, ping};
+use crate::support::{PASSWORD, Setup, await_some, echo, ping, rounds, target};
 
 fn culvert(arguments: &[&str], input: &str) -> (bool, String, String) {
     let mut child = Command::new(env!("CARGO_BIN_EXE_culvert"))
@@ -209,4 +214,93 @@ fn a_taken_port_says_so() {
     std::fs::write(&path, text).unwrap();
     let (ok, _, error) = culvert(&["run", "-c", path.to_str().unwrap()], "");
     assert!(!ok && error.contains("another program listens there"), "{error}");
+}
+
+/// RELIABILITY D7: an access log that takes nothing holds nobody up; what is not written is counted.
+#[test]
+fn a_log_that_stalls_holds_nobody_up() {
+    const CLIENTS: usize = 4;
+    let requests = rounds(8_000, 60_000);
+    let folder = tempfile::tempdir().unwrap();
+    let pipe = folder.path().join("access.log");
+    assert!(Command::new("mkfifo").arg(&pipe).status().unwrap().success());
+    // Open both ways, so that the node's end opens at once.
+    let mut reader = std::fs::File::options().read(true).write(true).open(&pipe).unwrap();
+    let log = format!("[log]\naccess_file = '{}'\nrotate = 'never'", pipe.display());
+    let mut proxy = Setup::new().with(&log).with("[timeouts]\ndrain = '1s'").start();
+    let answer = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok";
+    let server = target(move |mut stream| {
+        let mut request = [0; 4096];
+        while matches!(stream.read(&mut request), Ok(1..)) && stream.write_all(answer).is_ok() {}
+    });
+    let exchange = |count: usize| {
+        let started = Instant::now();
+        let failed = thread::scope(|scope| {
+            let clients: Vec<_> = (0..CLIENTS)
+                .map(|_| {
+                    scope.spawn(|| -> std::io::Result<()> {
+                        let mut stream = proxy.connect();
+                        let request =
+                            format!("GET http://{server}/ HTTP/1.1\r\nHost: {server}\r\n\r\n");
+                        for _ in 0..count {
+                            stream.write_all(request.as_bytes())?;
+                            let mut got = Vec::new();
+                            while !got.ends_with(b"\r\n\r\nok") {
+                                let mut part = [0; 1024];
+                                let read = stream.read(&mut part)?;
+                                if read == 0 {
+                                    return Err(std::io::ErrorKind::UnexpectedEof.into());
+                                }
+                                got.extend_from_slice(&part[..read]);
+                            }
+                        }
+                        Ok(())
+                    })
+                })
+                .collect();
+            clients.into_iter().filter_map(|client| client.join().unwrap().err()).next()
+        });
+        assert!(failed.is_none(), "{failed:?}");
+        count as f64 / started.elapsed().as_secs_f64()
+    };
+    // A reader that reads for as long as it is asked to, and says what it has read.
+    let (asked, orders) = std::sync::mpsc::channel::<()>();
+    let lines = Arc::new(AtomicUsize::new(0));
+    let counted = lines.clone();
+    let drinker = thread::spawn(move || {
+        let mut buffer = vec![0; 64 * 1024];
+        while orders.recv().is_ok() {
+            let read = reader.read(&mut buffer).unwrap();
+            let lines = buffer[..read].iter().filter(|byte| **byte == b'\n').count();
+            counted.fetch_add(lines, Relaxed);
+        }
+        reader
+    });
+    // The baseline: an empty log, which stalls only towards its end.
+    let before = exchange(requests / 8);
+    let stalled = exchange(requests);
+    let total = (CLIENTS * (requests + requests / 8)) as f64;
+    let dropped = proxy.metric("culvert_records_dropped_total");
+    assert!(dropped > 0.0, "nothing was dropped");
+    // More than noise would be the log that is waited for.
+    assert!(stalled / before > 0.7, "{stalled} of {before} requests a second");
+
+    // The log goes on: all that was not dropped is written.
+    let drink = || asked.send(()).unwrap();
+    await_some("all records", || {
+        (0..4).for_each(|_| drink());
+        let written = proxy.metric("culvert_records_written_total");
+        (written + proxy.metric("culvert_records_dropped_total") == total).then_some(())
+    });
+    let written = total - proxy.metric("culvert_records_dropped_total");
+    await_some("all lines", || (lines.load(Relaxed) as f64 == written).then_some(()));
+    assert_eq!(proxy.metric("culvert_records_lost_total"), 0.0);
+
+    // It stalls again while the node ends, and does not keep it.
+    exchange(requests / 8);
+    let started = Instant::now();
+    proxy.signal("-TERM");
+    assert!(proxy.await_end().success());
+    assert!(started.elapsed() < Duration::from_secs(8), "{:?}", started.elapsed());
+    drop((asked, drinker));
 }
