@@ -3,6 +3,7 @@
 use std::{net::SocketAddr, path::Path, sync::Arc, time::Duration};
 
 use anyhow::Context;
+use axum::Router;
 use axum_server::{Handle, tls_rustls::RustlsConfig};
 use sea_orm::{
     ActiveModelTrait, ColumnTrait, ConnectionTrait, EntityTrait, PaginatorTrait, QueryFilter,
@@ -21,7 +22,7 @@ use crate::{
         entity::{
             access_log, audit, change, command, heartbeat, refresh, session, setting, traffic, user,
         },
-        now,
+        may_come, now,
     },
 };
 
@@ -44,26 +45,38 @@ const TODAY: &str = "quota_day";
 /// The first admin.
 pub const FIRST_ADMIN: &str = "admin";
 
-/// Opens the database and brings it up to date, again and again until it is there.
-async fn open(config: &Config) -> anyhow::Result<Store> {
-    let mut told = false;
-    loop {
-        let opened = async {
-            let store = Store::connect(&config.database_url(), config.database.pool).await?;
-            store.migrate().await?;
-            Ok::<_, sea_orm::DbErr>(store)
-        };
-        match opened.await {
-            Ok(store) => return Ok(store),
-            Err(error) if crate::store::is_away(&error) && !config.database.url.is_empty() => {
-                if !std::mem::replace(&mut told, true) {
-                    tracing::warn!(%error, "the database is away; waiting for it");
-                }
-                tokio::time::sleep(LOOK).await;
-            }
-            Err(error) => anyhow::bail!("database: {error}; see database.url and state.dir"),
+/// Opens the database and brings it up to date.
+async fn open(config: &Config) -> Result<Store, sea_orm::DbErr> {
+    let store = Store::connect(&config.database_url(), config.database.pool).await?;
+    store.migrate().await?;
+    Ok(store)
+}
+
+fn explained(error: sea_orm::DbErr) -> anyhow::Error {
+    anyhow::anyhow!("database: {error}; see database.url and state.dir")
+}
+
+/// Waits until the database is there; meanwhile whoever asks is told so.
+async fn await_store(config: &Config, server: &Server) -> anyhow::Result<Store> {
+    let waits = |error: &sea_orm::DbErr| !config.database.url.is_empty() && may_come(error);
+    match open(config).await {
+        Err(error) if waits(&error) => {
+            tracing::warn!(address = %server.address, %error, "the database is away; waiting for it");
         }
+        opened => return opened.map_err(explained),
     }
+    let handle = Handle::new();
+    let answering = tokio::spawn(server.clone().serve(http::waiting(), handle.clone()));
+    let opened = loop {
+        tokio::time::sleep(LOOK).await;
+        match open(config).await {
+            Err(error) if waits(&error) => {}
+            opened => break opened,
+        }
+    };
+    handle.graceful_shutdown(Some(LAST_REQUESTS));
+    answering.await??;
+    opened.map_err(explained)
 }
 
 /// The state directory, for us alone.
@@ -83,7 +96,7 @@ pub fn state_dir(path: &Path) -> anyhow::Result<()> {
 /// What is missing, with the next step.
 pub async fn store(config: &Config) -> anyhow::Result<Store> {
     state_dir(&config.state.dir)?;
-    open(config).await
+    open(config).await.map_err(explained)
 }
 
 /// Makes the first admin, whose password is kept in a file until it is changed.
@@ -170,6 +183,38 @@ pub fn parts(config: &Config, store: Store) -> anyhow::Result<App> {
     })
 }
 
+/// Where the API is served.
+#[derive(Clone)]
+struct Server {
+    address: SocketAddr,
+    listener: Arc<std::net::TcpListener>,
+    certificate: Option<RustlsConfig>,
+}
+
+impl Server {
+    async fn bind(config: &Config) -> anyhow::Result<Self> {
+        let bind = config.server.bind;
+        let listener = TcpListener::bind(bind).await.map_err(|error| {
+            anyhow::anyhow!("{bind}: {error}; choose another address with server.bind")
+        })?;
+        let certificate = certificate(&config.server.tls).await?;
+        let listener = listener.into_std()?;
+        Ok(Self { address: listener.local_addr()?, listener: Arc::new(listener), certificate })
+    }
+
+    async fn serve(self, router: Router, handle: Handle<SocketAddr>) -> std::io::Result<()> {
+        let service = router.into_make_service_with_connect_info::<SocketAddr>();
+        let listener = self.listener.try_clone()?;
+        match self.certificate {
+            Some(certificate) => {
+                let server = axum_server::from_tcp_rustls(listener, certificate)?;
+                server.handle(handle).serve(service).await
+            }
+            None => axum_server::from_tcp(listener)?.handle(handle).serve(service).await,
+        }
+    }
+}
+
 /// Serves until told to end.
 ///
 /// # Errors
@@ -178,13 +223,15 @@ pub async fn serve(
     config: &Config,
     ended: impl Future<Output = ()> + Send + 'static,
 ) -> anyhow::Result<()> {
-    let listener = TcpListener::bind(config.server.bind).await.map_err(|error| {
-        anyhow::anyhow!("{}: {error}; choose another address with server.bind", config.server.bind)
-    })?;
-    let store = store(config).await?;
+    let mut ended = Box::pin(ended);
+    state_dir(&config.state.dir)?;
+    let server = Server::bind(config).await?;
+    let store = tokio::select! {
+        store = await_store(config, &server) => store?,
+        () = &mut ended => return Ok(()),
+    };
     first_admin(&store, &config.state.dir).await?;
     let app = parts(config, store.clone())?;
-    let certificate = certificate(&config.server.tls).await?;
     app.hub.listen(&config.link_path(), config.link.allow_uids.clone())?;
     for (name, own) in
         [("link-authority.key", app.authority.known_by()), ("seal.key", app.seal.known_by())]
@@ -202,23 +249,14 @@ pub async fn serve(
     tokio::spawn(look(store.clone()));
     tokio::spawn(periods(store.clone()));
     tokio::spawn(clean(store));
-    tracing::info!(address = %listener.local_addr()?, link = %config.link_path().display(), ?nodes, "listening");
+    tracing::info!(address = %server.address, link = %config.link_path().display(), ?nodes, "listening");
     let handle = Handle::new();
     let ending = handle.clone();
     tokio::spawn(async move {
         ended.await;
         ending.graceful_shutdown(Some(LAST_REQUESTS));
     });
-    let service = http::router(app).into_make_service_with_connect_info::<SocketAddr>();
-    let listener = listener.into_std()?;
-    match certificate {
-        Some(certificate) => {
-            let server = axum_server::from_tcp_rustls(listener, certificate)?;
-            server.handle(handle).serve(service).await?;
-        }
-        None => axum_server::from_tcp(listener)?.handle(handle).serve(service).await?,
-    }
-    Ok(())
+    Ok(server.serve(http::router(app), handle).await?)
 }
 
 /// The server's certificate, read again when its files change.

@@ -177,6 +177,14 @@ pub fn router(app: App) -> Router {
         .with_state(app)
 }
 
+/// What is served while there is no database.
+pub fn waiting() -> Router {
+    let away = async || {
+        Problem::new(StatusCode::SERVICE_UNAVAILABLE, "the database is away; try again soon")
+    };
+    Router::new().route("/livez", get(async || "alive\n")).fallback(away)
+}
+
 /// A database that hangs must not hang everybody who asks. Answers that are streamed have begun in time.
 async fn in_time(request: Request, next: Next) -> Response {
     let hashes = request.uri().path().ends_with("/users/import");

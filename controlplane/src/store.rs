@@ -408,6 +408,13 @@ pub fn is_away(error: &DbErr) -> bool {
             .any(|sign| text.contains(sign))
 }
 
+/// Whether a database that was to be opened is away but may come: it did not refuse us (1044, 1045), has the
+/// database (1049), and is who it is to be.
+pub fn may_come(error: &DbErr) -> bool {
+    let text = error.to_string();
+    is_away(error) && !["1044", "1045", "1049", "TLS"].iter().any(|sign| text.contains(sign))
+}
+
 /// Whether a unique index said no.
 pub fn is_duplicate(error: &DbErr) -> bool {
     matches!(error.sql_err(), Some(sea_orm::SqlErr::UniqueConstraintViolation(_)))

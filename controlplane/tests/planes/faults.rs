@@ -3,7 +3,7 @@
 use std::{
     fs,
     io::{Read, Write},
-    net::Shutdown,
+    net::{Shutdown, TcpListener},
     os::unix::net::{UnixListener, UnixStream},
     path::{Path, PathBuf},
     process::Command,
@@ -21,7 +21,10 @@ use serde_json::{Value, json};
 
 use crate::{
     accounting::transfer,
-    support::{Gate, Planes, await_some, echo, on_each, on_own_server, on_server, pause, ping},
+    support::{
+        Gate, Planes, Program, address_of, await_some, echo, on_each, on_own_server, on_server,
+        pause, ping, rounds,
+    },
 };
 
 /// A way between a node and the control plane on which acknowledgements are lost (with the connection, as
@@ -217,7 +220,7 @@ fn sql(socket: &str, text: &str) {
 /// RELIABILITY D9: the database takes no changes for a while, as after a failover to a replica.
 #[test]
 fn a_database_that_only_reads_is_waited_for() {
-    on_own_server(|url, socket| {
+    on_own_server("", |url, socket| {
         let sql = |text: &str| sql(socket, text);
         // read_only does not bind root.
         sql(
@@ -248,7 +251,7 @@ fn a_database_that_only_reads_is_waited_for() {
 /// RELIABILITY D9: connections that were made to a server that has become a replica are not kept.
 #[test]
 fn connections_to_what_was_the_primary_are_not_kept() {
-    on_own_server(|url, socket| {
+    on_own_server("", |url, socket| {
         let sql = |text: &str| sql(socket, text);
         let folder = tempfile::tempdir().unwrap();
         let gate = Gate::before(socket, folder.path());
@@ -268,6 +271,195 @@ fn connections_to_what_was_the_primary_are_not_kept() {
         await_some("change", || (planes.ask("POST", "/users", Some(&new)).0 == 201).then_some(()));
         assert!(began.elapsed() < Duration::from_secs(5));
     });
+}
+
+/// A control plane that starts before its database says so to whoever asks, can be ended, and goes on by itself.
+#[test]
+fn a_control_plane_waits_for_its_database() {
+    on_server(|url, socket| {
+        let folder = tempfile::tempdir().unwrap();
+        let gate = Gate::before(socket, folder.path());
+        let mut planes = Planes::start(Some(url.replace(socket, gate.path.to_str().unwrap())));
+        let id = planes.user("ann", json!({}));
+        planes.control.terminate();
+        gate.close();
+        for ends in [true, false] {
+            planes.restart_unready();
+            planes.api = address_of(&planes.control.await_line("waiting for it"), "address=");
+            // It is asked to listen before it says where.
+            let told = await_some("answer", || Some(planes.ask("GET", "/users", None)));
+            assert_eq!(told.0, 503);
+            assert!(told.1["detail"].as_str().unwrap().contains("database is away"), "{}", told.1);
+            assert_eq!(planes.raw("", "GET", "/livez", None).0, 200);
+            if ends {
+                planes.control.terminate();
+            }
+        }
+        let (done, said) = planes.command(&["user", "list"], "");
+        assert!(!done && said.contains("see database.url"), "{said}");
+        gate.open();
+        planes.await_listening();
+        assert_eq!(planes.used(&id), 0);
+    });
+}
+
+/// Over TCP the database is to prove who it is, if the address says so.
+#[test]
+fn a_database_over_tls_shows_its_certificate() {
+    let folder = tempfile::tempdir().unwrap();
+    let write = |name: &str, text: &str| {
+        let path = folder.path().join(name);
+        fs::write(&path, text).unwrap();
+        path.display().to_string()
+    };
+    let authority = |name: &str| {
+        let mut params = rcgen::CertificateParams::default();
+        params.distinguished_name.push(rcgen::DnType::CommonName, name);
+        params.is_ca = rcgen::IsCa::Ca(rcgen::BasicConstraints::Unconstrained);
+        let key = rcgen::KeyPair::generate().unwrap();
+        rcgen::CertifiedIssuer::self_signed(params, key).unwrap()
+    };
+    let (ours, theirs) = (authority("ours"), authority("theirs"));
+    let key = rcgen::KeyPair::generate().unwrap();
+    let params = rcgen::CertificateParams::new(["localhost".to_owned()]).unwrap();
+    let certificate = params.signed_by(&key, &ours).unwrap();
+    let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    let options = format!(
+        "--skip-networking=0 --bind-address=127.0.0.1 --port={port} --ssl-cert={} --ssl-key={}",
+        write("server.pem", &certificate.pem()),
+        write("server.key", &key.serialize_pem()),
+    );
+    let (ours, theirs) = (write("ours.pem", &ours.pem()), write("theirs.pem", &theirs.pem()));
+    on_own_server(&options, |_, socket| {
+        sql(
+            socket,
+            "CREATE USER far@localhost IDENTIFIED BY 'away' REQUIRE SSL; GRANT ALL ON culvert.* TO far@localhost",
+        );
+        let url = |host: &str, authority: &str| {
+            format!(
+                "mysql://far:away@{host}:{port}/culvert?ssl-mode=VERIFY_IDENTITY&ssl-ca={authority}"
+            )
+        };
+        let planes = Planes::start(Some(url("localhost", &ours)));
+        let id = planes.user("ann", json!({}));
+        assert_eq!(planes.used(&id), 0);
+        let failed = |url: &str| {
+            let config = folder.path().join("control.toml");
+            let dir = folder.path().join("control");
+            let text = format!("[database]\nurl = '{url}'\n[state]\ndir = '{}'\n", dir.display());
+            fs::write(&config, text).unwrap();
+            let config = config.to_str().unwrap();
+            let mut command = Command::new(env!("CARGO_BIN_EXE_culvert-control"));
+            Program::spawn(command.args(["migrate", "-c", config])).await_line("database")
+        };
+        // Another's word for it, another name, and no TLS at all.
+        for (url, reason) in [
+            (url("localhost", &theirs), "certificate"),
+            (url("127.0.0.1", &ours), "certificate"),
+            (format!("mysql://far:away@localhost:{port}/culvert?ssl-mode=DISABLED"), "denied"),
+        ] {
+            let said = failed(&url);
+            assert!(said.contains(reason) && !said.contains("away@"), "{url}: {said}");
+        }
+    });
+}
+
+/// RELIABILITY D2: reports of many boots that are lost, repeated, late and cut short in any order add up to
+/// what was moved. A soak applies a million.
+#[test]
+fn reports_in_any_order_add_up() {
+    const BOOTS: usize = 6;
+    const USERS: usize = 5;
+    type Sums = [[u64; 2]; USERS];
+    #[derive(Default)]
+    struct Boot {
+        sums: Sums,
+        acknowledged: Sums,
+        sequence: u64,
+        /// On their way, each with the sums it was made of.
+        up: Vec<(link::Report, Sums)>,
+    }
+    impl Boot {
+        /// What is not acknowledged.
+        fn report(&mut self, boot: usize) -> link::Report {
+            self.sequence += 1;
+            let told = |user: &usize| self.sums[*user] != self.acknowledged[*user];
+            let usage = |user: usize| {
+                let [up, down] = self.sums[user];
+                link::Usage { user: user as u64 + 1, up, down, held: None }
+            };
+            link::Report {
+                boot: boot as u64 + 1,
+                sequence: self.sequence,
+                users: (0..USERS).filter(told).map(usage).collect(),
+                ..link::Report::default()
+            }
+        }
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let sqlite = format!("sqlite://{}?mode=rwc", folder.path().join("culvert.db").display());
+    let mut urls = vec![sqlite];
+    on_server(|url, _| urls.push(url));
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    let play = async |url: &str| {
+        let store = Store::connect(url, 1).await.unwrap();
+        store.migrate().await.unwrap();
+        let mut dice = 0x9e37_79b9_7f4a_7c15_u64;
+        let mut below = |bound: usize| {
+            dice = dice.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+            (dice >> 33) as usize % bound
+        };
+        let mut boots: Vec<Boot> = (0..BOOTS).map(|_| Boot::default()).collect();
+        // Two boots a node.
+        let node = |boot: usize| boot as i64 / 2 + 1;
+        let mut applied = 0;
+        while applied < rounds(2_000, 500_000) {
+            let number = below(BOOTS);
+            let boot = &mut boots[number];
+            match below(4) {
+                0 => boot.sums[below(USERS)][below(2)] += below(1_000_000) as u64,
+                1 => {
+                    let report = boot.report(number);
+                    boot.up.push((report, boot.sums));
+                }
+                // One of those on their way comes: in no order, and perhaps again.
+                _ if !boot.up.is_empty() => {
+                    let which = below(boot.up.len());
+                    let (report, sums) = boot.up[which].clone();
+                    usage::apply(&store, node(number), &report).await.unwrap();
+                    applied += 1;
+                    if below(10) >= 3 {
+                        boot.up.swap_remove(which);
+                    }
+                    // Its acknowledgement may be lost.
+                    if report.sequence == boot.sequence && below(10) >= 3 {
+                        boot.acknowledged = sums;
+                    }
+                    // A new connection: what is on its way is lost, and what was acknowledged is told anew.
+                    if below(20) == 0 {
+                        boot.up.clear();
+                        boot.acknowledged = Sums::default();
+                    }
+                }
+                _ => {}
+            }
+        }
+        for (number, boot) in boots.iter_mut().enumerate() {
+            boot.acknowledged = Sums::default();
+            let last = link::Report { last: true, ..boot.report(number) };
+            usage::apply(&store, node(number), &last).await.unwrap();
+        }
+        let truth = [0, 1].map(|way| {
+            let sums = boots.iter().flat_map(|boot| boot.sums.iter().map(move |sum| sum[way]));
+            sums.sum::<u64>().cast_signed()
+        });
+        for rows in ["user_usage WHERE period = 0", "node_usage", "traffic_logs"] {
+            assert_eq!(usage::sums(store.db(), rows).await.unwrap(), truth, "{rows}");
+        }
+    };
+    for url in urls {
+        runtime.block_on(play(&url));
+    }
 }
 
 /// RELIABILITY D10: writers that meet in the same rows, as nodes of several control planes do.
@@ -379,7 +571,7 @@ fn each_of_two_control_planes_dies_and_returns_under_load() {
 /// A database that hangs: requests are told in time, sessions go on, and all is there when it wakes.
 #[test]
 fn a_database_that_hangs_is_told_in_time() {
-    on_own_server(|url, socket| {
+    on_own_server("", |url, socket| {
         let planes = Planes::start(Some(url.to_owned()));
         let (node, target) = (planes.node("edge"), echo());
         let id = planes.user("ann", json!({}));

@@ -1,14 +1,19 @@
 //! What the API says is what nodes do.
 
 use std::{
+    collections::{BTreeMap, BTreeSet},
     io::{Read, Write},
     net::TcpStream,
+    sync::atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed},
+    thread,
     time::{Duration, Instant},
 };
 
 use serde_json::{Value, json};
 
-use crate::support::{Node, PASSWORD, Planes, await_some, echo, on_each, on_server, ping};
+use crate::support::{
+    Node, PASSWORD, Planes, await_some, echo, on_each, on_server, pause, ping, rounds,
+};
 
 fn ends_within_a_second(stream: &mut TcpStream, began: Instant) {
     let end = stream.read(&mut [0]);
@@ -343,5 +348,73 @@ fn quotas_begin_at_midnight_of_the_zone() {
         assert!(used["used"].as_u64().unwrap() > 0, "{used}");
         assert!(!used["history"].as_array().unwrap().is_empty());
         ping(&mut stream).unwrap();
+    });
+}
+
+/// RELIABILITY C6: a hundred edits a second, while sessions come and go. Each session has one policy, whole, and
+/// no worker stays behind.
+#[test]
+fn sessions_have_one_policy_while_it_changes() {
+    on_each(|planes| {
+        let (node, targets) = (planes.node("edge"), [echo(), echo()]);
+        planes.user("ann", json!({}));
+        let rule = |n: usize| {
+            let to = targets[n % 2].to_string();
+            json!({ "name": format!("rule {n}"), "action": "redirect", "to": to })
+        };
+        let id = planes.must("POST", "/rules", rule(0))["id"].as_str().unwrap().to_owned();
+        await_some("tunnel", || node.tunnel("ann", targets[1]).ok());
+        let (over, failed) = (AtomicBool::new(false), AtomicUsize::new(0));
+        let edits = rounds(400, 3000);
+        thread::scope(|scope| {
+            for _ in 0..4 {
+                scope.spawn(|| {
+                    while !over.load(Relaxed) {
+                        let served = node.tunnel("ann", targets[0]);
+                        let served = served.map(|mut stream| ping(&mut stream));
+                        if !matches!(served, Ok(Ok(()))) {
+                            failed.fetch_add(1, Relaxed);
+                        }
+                    }
+                });
+            }
+            let began = Instant::now();
+            for n in 1..=edits {
+                planes.must("PUT", &format!("/rules/{id}"), rule(n));
+                pause(Duration::from_millis(10 * n as u64).saturating_sub(began.elapsed()));
+            }
+            over.store(true, Relaxed);
+        });
+        assert_eq!(failed.load(Relaxed), 0);
+        // When each was decided, on which worker, by which generation, and by which rule of it.
+        let records = node.access_log();
+        let records = records.lines().map(|line| serde_json::from_str::<Value>(line).unwrap());
+        let mut decided: Vec<(f64, u64, u64, usize)> = Vec::new();
+        for record in records.filter(|record| record["rule"].is_string()) {
+            let format = &time::format_description::well_known::Rfc3339;
+            let time = time::OffsetDateTime::parse(record["time"].as_str().unwrap(), format);
+            let n: usize = record["rule"].as_str().unwrap()["rule ".len()..].parse().unwrap();
+            assert_eq!(record["address"], targets[n % 2].to_string(), "{record}");
+            let at = time.unwrap().unix_timestamp_nanos() as f64 / 1e6;
+            let at = at + record["handshake_ms"].as_f64().unwrap();
+            let worker = record["session"].as_u64().unwrap() >> 48;
+            decided.push((at, worker, record["generation"].as_u64().unwrap(), n));
+        }
+        decided.sort_by(|a, b| a.0.total_cmp(&b.0));
+        let mut rules = BTreeMap::new();
+        for (_, _, generation, n) in &decided {
+            assert_eq!(rules.insert(*generation, *n).unwrap_or(*n), *n, "of {generation}");
+        }
+        assert!(rules.values().is_sorted() && rules.len() > 15, "{rules:?}");
+        let workers: BTreeSet<u64> = decided.iter().map(|of| of.1).collect();
+        assert!(workers.len() > 1 || thread::available_parallelism().unwrap().get() == 1);
+        let mut before = decided.iter().peekable();
+        let mut newest = 0;
+        for (at, _, generation, _) in &decided {
+            while let Some(earlier) = before.next_if(|earlier| earlier.0 < at - 200.0) {
+                newest = newest.max(earlier.2);
+            }
+            assert!(*generation >= newest, "{generation} when {newest} was in force");
+        }
     });
 }

@@ -101,7 +101,7 @@ impl Drop for Program {
     }
 }
 
-fn address_of(line: &str, key: &str) -> SocketAddr {
+pub fn address_of(line: &str, key: &str) -> SocketAddr {
     let (_, rest) = line.split_once(key).unwrap();
     let word = rest.split_whitespace().next().unwrap();
     word.trim_start_matches("Some(").trim_end_matches(')').parse().unwrap()
@@ -142,13 +142,19 @@ pub fn on_server(test: impl FnOnce(String, &str)) {
     }
 }
 
+/// How many rounds of a test that proves more the longer it runs: many in a soak.
+pub fn rounds(few: usize, many: usize) -> usize {
+    if std::env::var_os("SOAK").is_some() { many } else { few }
+}
+
 /// Runs a test on a database server of its own, whose settings it may change, if there is one at all.
-pub fn on_own_server(test: impl Fn(&str, &str)) {
+pub fn on_own_server(options: &str, test: impl Fn(&str, &str)) {
     if std::env::var("TEST_MYSQL").is_err() {
         return;
     }
     let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("../scripts/mariadb");
     let mut server = Command::new(script)
+        .env("MARIADB_OPTIONS", options)
         .args(["sh", "-c", "echo \"$TEST_MYSQL\"; cat"])
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
@@ -305,6 +311,18 @@ impl Planes {
     fn serve(folder: &Path) -> [String; 3] {
         let config = folder.join("control.toml").to_str().unwrap().to_owned();
         ["serve".to_owned(), "-c".to_owned(), config]
+    }
+
+    /// Starts the control plane again, whether or not it can serve.
+    pub fn restart_unready(&mut self) {
+        let mut program = Command::new(env!("CARGO_BIN_EXE_culvert-control"));
+        self.control = Program::spawn(program.args(Self::serve(self.folder.path())));
+    }
+
+    /// Waits until the control plane serves.
+    pub fn await_listening(&mut self) {
+        let line = self.control.await_line("listening");
+        [self.api, self.link] = ["address=", "nodes="].map(|key| address_of(&line, key));
     }
 
     fn listening(control: Program) -> (Program, [SocketAddr; 2]) {
