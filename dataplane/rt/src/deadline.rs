@@ -214,7 +214,8 @@ impl Watch {
         let halted = self.halted().is_some();
         if !halted {
             let mut waker = self.shared.waker.borrow_mut();
-            if !waker.as_ref().is_some_and(|known| known.will_wake(cx.waker())) {
+            // `will_wake` may tell two wakers of one task apart.
+            if !waker.as_ref().is_some_and(|known| known.data() == cx.waker().data()) {
                 *waker = Some(cx.waker().clone());
             }
         }
