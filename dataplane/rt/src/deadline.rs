@@ -3,7 +3,8 @@
 //! Every session has one [`Watch`]. It carries up to three deadlines (of the present stage, of
 //! silence, of the whole life) and one reason why it was stopped. A worker has one [`Wheel`] that
 //! turns every 100 ms and holds each watch once, in the slot where it is next to be looked at; a busy
-//! session only stores the time of its last byte, and is moved when its slot comes up. Being stopped
+//! session only stores the time of its last byte, and is moved when its slot comes up. While nobody asks
+//! for the time the wheel dozes until the next slot with a watch in it. Being stopped
 //! or interrupted wakes the session's task, whose waits ([`Watch::guard`]) then return: they hold no data, so they
 //! can be dropped, and whatever operation is in flight completes at once.
 
@@ -20,6 +21,8 @@ use std::{
 const TICK: Duration = Duration::from_millis(100);
 /// Slots of the wheel: 102.4 s a turn. A later deadline waits for several turns.
 const SLOTS: usize = 1024;
+/// Watches that are not due within a turn are looked at together, so often.
+const COARSE: Ticks = 64;
 const NONE: u32 = u32::MAX;
 /// Sessions told in one turn that they are quiet; the others are told in the next. What they then take
 /// back costs the kernel a walk over all that waits.
@@ -31,13 +34,30 @@ pub type Ticks = u64;
 thread_local! {
     static WHEEL: RefCell<Wheel> = RefCell::new(Wheel::new());
     static NOW: Cell<Ticks> = const { Cell::new(0) };
+    /// The wheel dozes: [`NOW`] is of the past.
+    static DOZES: Cell<bool> = const { Cell::new(false) };
+    /// Who turns the wheel, while it dozes; since when it turns.
+    static DOZING: RefCell<Option<(Instant, Waker)>> = const { RefCell::new(None) };
     /// Sessions told in this turn that they are quiet.
     static QUIETED: Cell<u32> = const { Cell::new(0) };
 }
 
 /// The calling worker's time: steps since it started, as of the wheel's last turn.
+#[inline]
 pub fn now() -> Ticks {
+    if DOZES.get() {
+        rouse();
+    }
     NOW.get()
+}
+
+#[cold]
+fn rouse() {
+    DOZES.set(false);
+    if let Some((started, waker)) = DOZING.take() {
+        NOW.set(ticks(started.elapsed()));
+        waker.wake();
+    }
 }
 
 fn ticks(duration: Duration) -> Ticks {
@@ -223,6 +243,8 @@ impl Watch {
     }
 
     fn arm(&self) {
+        // A wheel that dozes would look too late.
+        now();
         let due = self.shared.due();
         if due < self.shared.armed.get() {
             WHEEL.with_borrow_mut(|wheel| wheel.place(&self.shared, due));
@@ -337,6 +359,30 @@ pub struct Wheel {
     turned: Ticks,
 }
 
+/// Waits for an alarm, or until somebody asks for the time.
+struct Doze<S> {
+    started: Instant,
+    alarm: S,
+    begun: bool,
+}
+
+impl<S: Future<Output = ()> + Unpin> Future for Doze<S> {
+    type Output = ();
+
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<()> {
+        if std::mem::replace(&mut self.begun, true) && !DOZES.get() {
+            return Poll::Ready(());
+        }
+        DOZES.set(true);
+        DOZING.set(Some((self.started, cx.waker().clone())));
+        let woken = Pin::new(&mut self.alarm).poll(cx);
+        if woken.is_ready() {
+            rouse();
+        }
+        woken
+    }
+}
+
 struct Node {
     shared: Option<Rc<Shared>>,
     slot: u32,
@@ -354,8 +400,22 @@ impl Wheel {
         let started = Instant::now();
         loop {
             crate::sleep(TICK).await;
-            Self::turn_to(ticks(started.elapsed()));
+            let time = ticks(started.elapsed());
+            Self::turn_to(time);
+            let steps = WHEEL.with_borrow(Wheel::empty_steps);
+            if steps > 1 {
+                Doze { started, alarm: crate::sleep(TICK * (steps - 1)), begun: false }.await;
+            }
         }
+    }
+
+    /// In how many steps the next slot with a watch in it comes up.
+    fn empty_steps(&self) -> u32 {
+        let slots = (1..SLOTS).find(|step| {
+            let slot = (self.turned as usize + step) % SLOTS;
+            self.heads[slot] != NONE
+        });
+        slots.unwrap_or(SLOTS) as u32
     }
 
     /// Turns the calling worker's wheel to a time; tests call it with a time of their own.
@@ -395,10 +455,11 @@ impl Wheel {
         None
     }
 
-    /// Puts a watch where it is to be looked at: at `due`, or a turn from now.
+    /// Puts a watch where it is to be looked at: at `due`, or about a turn from now.
     fn place(&mut self, shared: &Rc<Shared>, due: Ticks) {
         self.remove(shared);
-        let at = due.max(self.turned + 1).min(self.turned + SLOTS as Ticks - 1);
+        let turn = self.turned + SLOTS as Ticks - 1;
+        let at = if due > turn { turn / COARSE * COARSE } else { due }.max(self.turned + 1);
         let slot = at as usize % SLOTS;
         let node = self.allocate();
         let head = self.heads[slot];
@@ -557,6 +618,40 @@ mod tests {
             watch.quiet_after(Duration::from_secs(1));
             assert!(!watch.is_quiet(), "asked for again");
             assert_eq!(watch.halted(), None);
+        });
+    }
+
+    /// A wheel with nothing to look at dozes, and is up in time for whoever comes.
+    #[test]
+    fn a_wheel_that_dozes_is_roused_by_who_asks() {
+        in_a_thread(|| {
+            let runtime = crate::Runtime::build(crate::RuntimeOptions::default()).unwrap();
+            runtime.block_on(async {
+                let late = Watch::new();
+                late.silence(Duration::from_secs(3600), 1);
+                crate::spawn(Wheel::run());
+                crate::sleep(TICK * 5).await;
+                assert!(DOZES.get());
+                let asleep = NOW.get();
+                crate::sleep(TICK * 5).await;
+                assert_eq!(NOW.get(), asleep, "it turned for nothing");
+                let watch = Watch::new();
+                assert!(!DOZES.get() && now() >= asleep + 4);
+                watch.stage(TICK * 3, 7);
+                let began = Instant::now();
+                let _ = watch.guard(std::future::pending::<()>()).await;
+                assert_eq!(watch.stopped(), Some(Stopped(7)));
+                assert!(began.elapsed() >= TICK * 2 && began.elapsed() < TICK * 8);
+                // What is far is looked at together.
+                let looks: std::collections::HashSet<Ticks> = (0..50)
+                    .map(|i| {
+                        let watch = Watch::new();
+                        watch.life(Duration::from_secs(200 + i), 1);
+                        watch.shared.armed.get()
+                    })
+                    .collect();
+                assert!(looks.len() <= 2, "{looks:?}");
+            });
         });
     }
 
