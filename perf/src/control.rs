@@ -117,7 +117,8 @@ impl Plane {
         Ok((status, serde_json::from_str(body).unwrap_or_default()))
     }
 
-    fn login(&self) -> anyhow::Result<String> {
+    /// A token of the admin.
+    pub(crate) fn login(&self) -> anyhow::Result<String> {
         let body = json!({ "username": "admin", "password": PASSWORD }).to_string();
         let (status, answer) = self.ask("", "POST", "/api/v1/auth/login", &body)?;
         ensure!(status == 200, "login: {status} {answer}");
@@ -125,7 +126,7 @@ impl Plane {
     }
 
     /// An edit of one user.
-    fn edit(&self, token: &str, user: usize) -> anyhow::Result<()> {
+    pub(crate) fn edit(&self, token: &str, user: usize) -> anyhow::Result<()> {
         let body = json!({ "comment": format!("edited {:?}", Instant::now()) }).to_string();
         let (status, answer) = self.ask(token, "PATCH", &format!("/api/v1/users/{user}"), &body)?;
         ensure!(status == 200, "edit: {status} {answer}");
@@ -340,11 +341,14 @@ pub(crate) fn user(id: usize, name: &str, hash: &str, role: &str, quota: Option<
     })
 }
 
+/// The admin's row.
+pub(crate) fn admin() -> anyhow::Result<Value> {
+    Ok(user(1, "admin", &bcrypt::hash(PASSWORD, 10)?, "admin", None))
+}
+
 /// A backup with many users, and an admin.
 fn users() -> anyhow::Result<String> {
     let hash = bcrypt::hash(PASSWORD, 10)?;
-    let admin = ("users", user(1, "admin", &hash, "admin", None));
-    let users =
-        (2..=USERS + 1).map(|id| ("users", user(id, &format!("user-{id}"), &hash, "user", None)));
-    Ok(backup(std::iter::once(admin).chain(users)))
+    let users = (2..=USERS + 1).map(|id| user(id, &format!("user-{id}"), &hash, "user", None));
+    Ok(backup(std::iter::once(admin()?).chain(users).map(|user| ("users", user))))
 }

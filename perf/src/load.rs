@@ -4,7 +4,6 @@ use std::{
     cell::Cell,
     fs,
     net::SocketAddr,
-    path::Path,
     rc::Rc,
     time::{Duration, Instant},
 };
@@ -29,7 +28,7 @@ const ECHO_BYTES: usize = 128;
 /// Sessions at once of the churn scenario.
 const CHURN_SESSIONS: usize = 16;
 /// Users of the swap scenario.
-const SWAP_USERS: usize = 100_000;
+pub(crate) const SWAP_USERS: usize = 100_000;
 /// Pause of its sessions between two messages, so that a core is free for the compiler.
 const SWAP_PAUSE: Duration = Duration::from_millis(5);
 /// Pause between two of its snapshots.
@@ -142,6 +141,12 @@ impl Load<'_> {
             stream.write_all(&[target::ECHO]).await?;
             tasks.spawn_local(ping(stream, counts.clone(), Some(SWAP_PAUSE)));
         }
+        if let Some(plane) = &self.peer.plane {
+            let token = plane.login()?;
+            let quiet = self.measure(&counts).await;
+            let edits = async |user| plane.edit(&token, user);
+            return self.swap_by(&counts, quiet, "policy followed", edits).await;
+        }
         let config = self.peer.config();
         let mut policy = fs::read_to_string(&config)?;
         for index in 0..SWAP_USERS {
@@ -157,27 +162,41 @@ impl Load<'_> {
             let text = format!("{policy}status = '{status}'\n");
             fs::write(config.with_extension(swap.to_string()), text)?;
         }
-        self.replace(&config, 0).await?;
+        let replace =
+            async |swap: usize| Ok(fs::rename(config.with_extension(swap.to_string()), &config)?);
+        replace(0).await?;
+        self.await_swap("configuration published", 0).await?;
         let quiet = self.measure(&counts).await;
+        self.swap_by(&counts, quiet, "configuration published", replace).await
+    }
+
+    /// Measures while `swap` makes another snapshot a second, each of which the log tells.
+    async fn swap_by(
+        &self,
+        counts: &Rc<Counts>,
+        quiet: Sample,
+        told: &str,
+        swap: impl AsyncFn(usize) -> anyhow::Result<()>,
+    ) -> anyhow::Result<Sample> {
         let replace = async {
-            for swap in 1..=swaps {
-                let started = Instant::now();
-                self.replace(&config, swap).await?;
+            for number in 1..=self.time.as_secs().max(1) as usize {
+                let (started, before) = (Instant::now(), self.peer.log().matches(told).count());
+                swap(number).await?;
+                self.await_swap(told, before).await?;
                 tokio::time::sleep(SWAP_EVERY.saturating_sub(started.elapsed())).await;
             }
             anyhow::Ok(())
         };
-        let (sample, replaced) = tokio::join!(self.measure(&counts), replace);
+        let (sample, replaced) = tokio::join!(self.measure(counts), replace);
         replaced?;
         Ok(Sample { quiet: quiet.latencies, ..sample })
     }
 
-    /// Puts the configuration of a number in force and waits until it is.
-    async fn replace(&self, config: &Path, number: usize) -> anyhow::Result<()> {
-        fs::rename(config.with_extension(number.to_string()), config)?;
+    /// Waits until the log has told more than so many snapshots.
+    async fn await_swap(&self, told: &str, before: usize) -> anyhow::Result<()> {
         let deadline = Instant::now() + Duration::from_secs(30);
-        while self.peer.log().matches("configuration published").count() <= number {
-            anyhow::ensure!(Instant::now() < deadline, "no reload:\n{}", self.peer.log());
+        while self.peer.log().matches(told).count() <= before {
+            anyhow::ensure!(Instant::now() < deadline, "no swap:\n{}", self.peer.log());
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
         Ok(())

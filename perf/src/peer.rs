@@ -70,7 +70,7 @@ impl Kind {
     /// Thousands of idle sessions are thousands of processes or threads for some.
     pub(crate) fn takes_part(self, scenario: Scenario) -> bool {
         match scenario {
-            Scenario::Swap => self == Self::Culvert,
+            Scenario::Swap => matches!(self, Self::Culvert | Self::Followed),
             Scenario::Idle => !matches!(self, Self::Direct | Self::Dante | Self::Microsocks),
             _ => true,
         }
@@ -103,13 +103,15 @@ pub(crate) struct Peer {
     child: Option<Child>,
     folder: PathBuf,
     /// What it follows; ended after it.
-    _plane: Option<Plane>,
+    pub(crate) plane: Option<Plane>,
 }
 
 impl Peer {
-    /// Starts a proxy; `None` when it is not installed.
+    /// Starts a proxy, with so many users beside the one that is used if it follows a control plane; `None`
+    /// when it is not installed.
     pub(crate) fn start(
         kind: Kind,
+        users: usize,
         target: SocketAddr,
         culvert: &Path,
         driver: &str,
@@ -117,13 +119,13 @@ impl Peer {
     ) -> anyhow::Result<Option<Self>> {
         if kind == Kind::Direct {
             let folder = PathBuf::new();
-            return Ok(Some(Self { kind, address: target, child: None, folder, _plane: None }));
+            return Ok(Some(Self { kind, address: target, child: None, folder, plane: None }));
         }
         let address = free_address()?;
         let folder = folder.join(kind.name());
         fs::create_dir_all(&folder)?;
         let plane = match kind {
-            Kind::Followed | Kind::Metered => Some(plane(kind, culvert, &folder)?),
+            Kind::Followed | Kind::Metered => Some(plane(kind, users, culvert, &folder)?),
             _ => None,
         };
         let socket = plane.as_ref().map(Plane::socket);
@@ -139,7 +141,7 @@ impl Peer {
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
             Err(error) => return Err(error.into()),
         };
-        let mut peer = Self { kind, address, child: Some(child), folder, _plane: plane };
+        let mut peer = Self { kind, address, child: Some(child), folder, plane };
         peer.await_ready()?;
         let began = Instant::now();
         while socket.is_some() && !peer.log().contains("policy followed") {
@@ -320,11 +322,14 @@ fn culvert_config(
 }
 
 /// A control plane whose policy is the same.
-fn plane(kind: Kind, culvert: &Path, folder: &Path) -> anyhow::Result<Plane> {
+fn plane(kind: Kind, users: usize, culvert: &Path, folder: &Path) -> anyhow::Result<Plane> {
     let hash = bcrypt::hash(PASSWORD, 10)?;
     let quota = (kind == Kind::Metered).then_some(1 << 50);
     let conditions = json!({ "user": [USER], "cidr": ["127.0.0.0/8"] }).to_string();
+    let others =
+        (3..users + 3).map(|id| control::user(id, &format!("user-{id}"), &hash, "user", None));
     let rows = [
+        ("users", control::admin()?),
         ("users", control::user(2, USER, &hash, "user", quota)),
         ("settings", json!({ "name": "allow_internal", "value": "[\"127.0.0.0/8\"]" })),
         (
@@ -342,7 +347,12 @@ fn plane(kind: Kind, culvert: &Path, folder: &Path) -> anyhow::Result<Plane> {
     fs::remove_dir_all(folder)?;
     fs::create_dir_all(folder)?;
     let dir = folder.join("control");
-    Plane::start(&culvert.with_file_name("culvert-control"), None, &dir, &control::backup(rows))
+    Plane::start(
+        &culvert.with_file_name("culvert-control"),
+        None,
+        &dir,
+        &control::backup(rows.into_iter().chain(others.map(|user| ("users", user)))),
+    )
 }
 
 fn nginx_config(port: u16, target: SocketAddr, folder: &Path) -> String {

@@ -111,19 +111,21 @@ impl Report {
     }
 
     fn fmt_swap(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let value =
-            |of: &dyn Fn(&Sample) -> f64| self.median(Kind::Culvert, of).unwrap_or(f64::NAN);
         writeln!(f, "swap: a snapshot of 100,000 users a second")?;
-        for (name, part) in [("p50", 0.5), ("p99", 0.99)] {
-            let quiet = |sample: &Sample| percentile(&sample.quiet, part);
-            let swapping = |sample: &Sample| percentile(&sample.latencies, part);
-            writeln!(
-                f,
-                "{name}: {:.0} us, {:.0} us without; ratio {:.2}",
-                value(&swapping),
-                value(&quiet),
-                value(&|sample| swapping(sample) / quiet(sample)),
-            )?;
+        for kind in self.samples.keys().copied() {
+            let value = |of: &dyn Fn(&Sample) -> f64| self.median(kind, of).unwrap_or(f64::NAN);
+            for (name, part) in [("p50", 0.5), ("p99", 0.99)] {
+                let quiet = |sample: &Sample| percentile(&sample.quiet, part);
+                let swapping = |sample: &Sample| percentile(&sample.latencies, part);
+                writeln!(
+                    f,
+                    "{:<12} {name}: {:.0} us, {:.0} us without; ratio {:.2}",
+                    kind.name(),
+                    value(&swapping),
+                    value(&quiet),
+                    value(&|sample| swapping(sample) / quiet(sample)),
+                )?;
+            }
         }
         Ok(())
     }
