@@ -6,7 +6,7 @@ use std::hint::black_box;
 
 use criterion::{Criterion, criterion_group, criterion_main};
 use culvert::{
-    policy::{Bucket, OwnAddresses, Query, Snapshot, clock, compile},
+    policy::{Bucket, Draft, OwnAddresses, Query, Snapshot, clock, compile},
     settings::Settings,
 };
 use culvert_api::policy::{Access, Filter, Policy, Rule, RuleAction, User, When};
@@ -29,7 +29,8 @@ fn users(count: usize) -> Vec<User> {
 }
 
 fn snapshot(policy: &Policy) -> Snapshot {
-    compile(policy, Settings::default(), OwnAddresses::default(), 1, None).expect("a valid policy")
+    let own = OwnAddresses::default();
+    compile(Draft::Whole(policy), Settings::default(), own, 1, None).expect("a valid policy")
 }
 
 fn judge(snapshot: &Snapshot, user: &str, target: &Target) {
@@ -111,12 +112,21 @@ fn compiling(c: &mut Criterion) {
     let first = snapshot(&policy);
     let mut edited = policy.clone();
     edited.user[5].groups.clear();
-    group.bench_function("100,000 users, one changed", |b| {
-        b.iter(|| {
-            let settings = Settings::default();
-            black_box(compile(&edited, settings, OwnAddresses::default(), 2, Some(&first)).is_ok())
+    let changed = std::slice::from_ref(&edited.user[5]);
+    for (name, draft) in [
+        ("100,000 users, one changed", Draft::Whole(&edited)),
+        (
+            "one changed user among 100,000",
+            Draft::Change { policy: None, gone: &[], users: changed },
+        ),
+    ] {
+        group.bench_function(name, |b| {
+            b.iter(|| {
+                let (settings, own) = (Settings::default(), OwnAddresses::default());
+                black_box(compile(draft, settings, own, 2, Some(&first)).is_ok())
+            });
         });
-    });
+    }
     group.finish();
 }
 

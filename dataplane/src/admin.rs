@@ -102,6 +102,7 @@ async fn snapshot(State(admin): State<Arc<Admin>>) -> Response {
     Json(json!({
         "generation": snapshot.generation,
         "users": snapshot.directory.len(),
+        "filters": snapshot.filters(),
         "rules": snapshot.rules(),
     }))
     .into_response()
@@ -143,11 +144,6 @@ fn debug_config(config: &Config) -> serde_json::Value {
             "idle": timeouts.idle.as_secs_f64(),
             "half_close": timeouts.half_close.as_secs_f64(),
             "drain": config.drain.as_secs_f64(),
-        },
-        "policy": {
-            "users": config.policy.user.len(),
-            "filters": config.policy.filter.len(),
-            "rules": config.policy.rule.len(),
         },
     })
 }

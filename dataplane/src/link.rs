@@ -29,7 +29,7 @@ use tokio::{
     time::{Instant, MissedTickBehavior, interval, timeout},
 };
 
-use copy::Copy;
+use copy::{Change, Copy};
 
 use crate::{
     config::Control,
@@ -426,11 +426,11 @@ impl Follower {
         match body {
             down::Body::Snapshot(snapshot) => {
                 let generation = snapshot.generation;
-                self.put(node, peer, generation, move |copy| copy.of_snapshot(snapshot)).await?;
+                self.put(node, peer, generation, move |copy| copy.whole(snapshot)).await?;
             }
             down::Body::Delta(delta) => {
                 let generation = delta.generation;
-                self.put(node, peer, generation, move |copy| copy.with(delta)).await?;
+                self.put(node, peer, generation, move |copy| copy.part(delta)).await?;
             }
             down::Body::ReportAck(ack) => {
                 let mut left = lock(&self.left);
@@ -545,16 +545,16 @@ impl Follower {
         node: &Arc<Node>,
         peer: &mut Peer,
         generation: u64,
-        next: impl FnOnce(&Copy) -> Result<Copy, String> + Send + 'static,
+        change: impl FnOnce(&Copy) -> Result<Change, String> + Send + 'static,
     ) -> Result<(), Gone> {
         let (follower, node) = (self.clone(), node.clone());
         let put = beside_the_workers(move || {
             let mut copy = lock(&follower.copy);
-            let next = next(&copy).map_err(|reason| vec![reason])?;
-            node.follow(next.policy())
+            let change = change(&copy).map_err(|reason| vec![reason])?;
+            node.follow(change.draft())
                 .map_err(|problems| problems.iter().map(Problem::to_string).collect::<Vec<_>>())?;
-            *copy = next;
-            if let Err(error) = copy.keep() {
+            let appended = copy.apply(change);
+            if let Err(error) = copy.keep(appended.as_deref()) {
                 tracing::warn!(%error, "the policy is in force, but its copy could not be written");
                 copy.write_anew();
             }

@@ -40,8 +40,11 @@ use crate::{
     ledger::{Bytes, Direction, Map, Region, Wanted},
     link::Follower,
     log::AccessLog,
-    policy::{LoginPool, OwnAddresses, Snapshot, Table, Throttles, UserId, UserUse, compile},
+    policy::{
+        Draft, LoginPool, OwnAddresses, Snapshot, Table, Throttles, UserId, UserUse, compile,
+    },
     session::LiveInfo,
+    settings::Settings,
     telemetry::WorkerCounters,
     upstream::{LOOKUPS_MAX, Resolver},
     worker::{self, MAILBOX, Message, NodePlaces, Parts, RECORDS, Shared},
@@ -84,8 +87,8 @@ pub struct Node {
     own: OwnAddresses,
     /// As it was at the start, without the policy.
     config: Config,
-    /// As it is now, with the policy of the control plane if one is followed.
-    present: Mutex<Config>,
+    /// As they are in the file now.
+    present: Mutex<Settings>,
     /// What follows the control plane.
     follower: Option<Arc<Follower>>,
     /// The addresses as configured, where port 0 is still 0.
@@ -179,12 +182,11 @@ impl Node {
             }
             _ => None,
         };
-        let mut config = config.clone();
-        if let Some(follower) = &follower {
-            config.policy = follower.policy().unwrap_or(config.policy);
-        }
-        let snapshot = match compile(&config.policy, config.settings.clone(), own.clone(), 1, None)
-        {
+        let kept = follower.as_ref().and_then(|follower| follower.policy());
+        let compiled = |policy: &Policy| {
+            compile(Draft::Whole(policy), config.settings.clone(), own.clone(), 1, None)
+        };
+        let snapshot = match compiled(kept.as_ref().unwrap_or(&config.policy)) {
             Ok(snapshot) => snapshot,
             Err(problems) => {
                 let problems = crate::log::problems(&problems);
@@ -192,12 +194,11 @@ impl Node {
                 // Another version's copy must not keep this one from asking for a good policy.
                 tracing::error!(%problems, "the copy of the policy is of no use; nobody may log in");
                 follower.forget();
-                config.policy = Policy { default: Access::Deny, ..Policy::default() };
-                let empty = compile(&config.policy, config.settings.clone(), own.clone(), 1, None);
+                let empty = compiled(&Policy { default: Access::Deny, ..Policy::default() });
                 empty.map_err(|problems| anyhow::anyhow!("{}", crate::log::problems(&problems)))?
             }
         };
-        let config = &config;
+        drop(kept);
         let map = Map::new(dir, boot, config.workers, sessions_max(None) + SLOTS_SPARE).map_err(
             |error| {
                 let what = dir.map_or("memory".into(), |dir| dir.display().to_string());
@@ -235,7 +236,7 @@ impl Node {
                 queues,
                 follower.as_ref().map(|follower| follower.spool.clone()),
             )?,
-            present: Mutex::new(config.clone()),
+            present: Mutex::new(config.settings.clone()),
             follower,
             listeners: named.zip(bound).collect(),
             rejected: AtomicU64::new(0),
@@ -279,15 +280,13 @@ impl Node {
                 tracing::warn!(key, "changed; takes effect at the next start");
             }
             let mut present = self.present.lock().unwrap_or_else(PoisonError::into_inner);
-            let mut config = config.clone();
-            if self.follower.is_some() {
-                config.policy = present.policy.clone();
-            }
-            let generation = self.put(&config)?;
-            if self.follower.is_none() {
-                config.policy = Policy::default();
-            }
-            *present = config;
+            let draft = match &self.follower {
+                Some(_) => Draft::SAME,
+                None => Draft::Whole(&config.policy),
+            };
+            let generation = self.put(draft, &config.settings)?;
+            self.shared.places.set_max(sessions_max(config.sessions));
+            *present = config.settings.clone();
             Ok(generation)
         });
         published.inspect_err(|_| {
@@ -299,30 +298,27 @@ impl Node {
     ///
     /// # Errors
     /// All problems; the policy before stays.
-    pub fn follow(&self, policy: Policy) -> Result<u64, Vec<Problem>> {
-        let mut present = self.present.lock().unwrap_or_else(PoisonError::into_inner);
-        let before = std::mem::replace(&mut present.policy, policy);
-        self.put(&present).inspect_err(|_| {
-            present.policy = before;
+    pub fn follow(&self, draft: Draft<'_>) -> Result<u64, Vec<Problem>> {
+        let present = self.present.lock().unwrap_or_else(PoisonError::into_inner);
+        self.put(draft, &present).inspect_err(|_| {
             self.rejected.fetch_add(1, Relaxed);
         })
     }
 
-    fn put(&self, config: &Config) -> Result<u64, Vec<Problem>> {
+    fn put(&self, draft: Draft<'_>, settings: &Settings) -> Result<u64, Vec<Problem>> {
         let previous = self.shared.snapshot.load_full();
         let generation = previous.generation + 1;
         // The host may have got further addresses since.
         let local = culvert_rt::local_addresses();
         let compiled = compile(
-            &config.policy,
-            config.settings.clone(),
+            draft,
+            settings.clone(),
             OwnAddresses { local, ..self.own.clone() },
             generation,
             Some(&previous),
         );
         let snapshot = compiled?;
-        self.shared.places.set_max(sessions_max(config.sessions));
-        self.shared.everyone.apply(&config.settings.node);
+        self.shared.everyone.apply(&settings.node);
         self.shared.snapshot.store(Arc::new(snapshot));
         if let Ok(mut published) = self.published.lock() {
             *published = Instant::now();
@@ -345,10 +341,10 @@ impl Node {
 
     /// Has all sessions judged again.
     pub fn judge(&self) {
-        let (now, snapshot) = (worker::unix_now(), self.shared.snapshot.load());
-        let expiries = snapshot.directory.users().filter_map(|user| user.expires);
+        let now = worker::unix_now();
+        let next = self.shared.snapshot.load().directory.next_expiry(now);
         self.judged.store(now, Relaxed);
-        self.next_expiry.store(expiries.filter(|&at| at > now).min().unwrap_or(i64::MAX), Relaxed);
+        self.next_expiry.store(next.unwrap_or(i64::MAX), Relaxed);
         self.tell(|| Message::Judge);
     }
 

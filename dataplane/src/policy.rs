@@ -17,7 +17,7 @@ mod user;
 
 pub use authorize::{Decision, Denial, Permit, Query, Resolved};
 pub use bucket::{Bucket, Grant, UNITS_MIN, clock};
-pub use compile::compile;
+pub use compile::{Draft, compile};
 pub use credential::{Credential, CredentialError, RememberKey, hash_password};
 pub use internal::is_internal;
 pub use login::{Limits as ThrottleLimits, LoginError, LoginPool, LoginTicket, Throttles};

@@ -10,6 +10,7 @@ use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 use time::OffsetDateTime;
 
+pub use check::check_users;
 pub use target::{check_pattern, pattern_set};
 
 use crate::{ByteCount, ByteRate};
@@ -59,6 +60,53 @@ impl Default for Policy {
             rule: Vec::new(),
             upstream: Vec::new(),
         }
+    }
+}
+
+impl Policy {
+    /// The same without its users.
+    pub fn without_users(&self) -> Self {
+        let Self {
+            default,
+            allow_internal,
+            deny_ports,
+            whitelist,
+            user: _,
+            filter,
+            rule,
+            upstream,
+        } = self;
+        Self {
+            default: *default,
+            allow_internal: allow_internal.clone(),
+            deny_ports: deny_ports.clone(),
+            whitelist: whitelist.clone(),
+            user: Vec::new(),
+            filter: filter.clone(),
+            rule: rule.clone(),
+            upstream: upstream.clone(),
+        }
+    }
+
+    /// Whether all but the users is the same.
+    pub fn differs_in_users_only(&self, other: &Self) -> bool {
+        let Self {
+            default,
+            allow_internal,
+            deny_ports,
+            whitelist,
+            user: _,
+            filter,
+            rule,
+            upstream,
+        } = self;
+        *default == other.default
+            && *allow_internal == other.allow_internal
+            && *deny_ports == other.deny_ports
+            && *whitelist == other.whitelist
+            && *filter == other.filter
+            && *rule == other.rule
+            && *upstream == other.upstream
     }
 }
 

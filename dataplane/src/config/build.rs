@@ -19,7 +19,7 @@ use super::{
     file::{self, AuthMethod, Driver, File, LogFormat, ProtocolName},
 };
 use crate::{
-    policy::{OwnAddresses, ThrottleLimits, compile},
+    policy::{Draft, OwnAddresses, ThrottleLimits, compile},
     settings::{AddressLimits, Settings, Timeouts},
 };
 
@@ -32,8 +32,8 @@ pub(super) fn build(file: File, tree: &Tree) -> (Option<Config>, Vec<Problem>) {
     let listeners = builder.listeners(&file);
     let settings = settings(&file, &listeners);
     // The policy is compiled once here, so that `check` says what a start would say.
-    if let Err(problems) = compile(&file.policy, settings.clone(), OwnAddresses::default(), 0, None)
-    {
+    let (draft, own) = (Draft::Whole(&file.policy), OwnAddresses::default());
+    if let Err(problems) = compile(draft, settings.clone(), own, 0, None) {
         for problem in problems {
             builder.problem(format!("policy.{}", problem.key), problem.message);
         }

@@ -5,7 +5,6 @@ use std::{
     io::{self, Write},
     os::unix::fs::OpenOptionsExt,
     path::{Path, PathBuf},
-    sync::Arc,
 };
 
 use culvert_api::{
@@ -14,20 +13,51 @@ use culvert_api::{
     policy::{self as api, Policy},
 };
 
+use crate::policy::Draft;
+
 /// Changes appended to the file before it is written anew.
 const APPENDED_MAX: usize = 64;
 
 /// A policy and its users.
-#[derive(Clone)]
 pub(super) struct Copy {
     path: PathBuf,
     /// 0 is none.
     pub(super) generation: u64,
     policy: Vec<u8>,
-    users: Arc<BTreeMap<u64, User>>,
-    /// What is to be added to the file; `None` writes it anew.
-    change: Option<Vec<u8>>,
+    users: BTreeMap<u64, User>,
+    /// Changes in the file after the whole.
     appended: usize,
+}
+
+/// What leads from a copy to the next one.
+pub(super) struct Change {
+    said: Said,
+    /// Without its users; `None` is the same.
+    policy: Option<Policy>,
+    gone: Vec<String>,
+    users: Vec<api::User>,
+}
+
+enum Said {
+    Whole(Snapshot),
+    Part(Delta),
+}
+
+impl Change {
+    /// As the node compiles it.
+    pub(super) fn draft(&self) -> Draft<'_> {
+        match (&self.said, &self.policy) {
+            (Said::Whole(_), Some(policy)) => Draft::Whole(policy),
+            (_, policy) => {
+                Draft::Change { policy: policy.as_ref(), gone: &self.gone, users: &self.users }
+            }
+        }
+    }
+}
+
+fn parse(policy: &[u8]) -> Result<Policy, String> {
+    serde_json::from_slice(policy)
+        .map_err(|error| format!("this version does not understand the policy: {error}"))
 }
 
 impl Copy {
@@ -40,8 +70,7 @@ impl Copy {
             path: dir.join("snapshot"),
             generation: 0,
             policy: Vec::new(),
-            users: Arc::default(),
-            change: None,
+            users: BTreeMap::new(),
             appended: 0,
         };
         let bytes = match std::fs::read(&copy.path) {
@@ -52,65 +81,77 @@ impl Copy {
         let mut decoder = Decoder::default();
         decoder.push(&bytes);
         while let Ok(Some(Down { body: Some(body) })) = decoder.take::<Down>() {
-            let next = match body {
-                down::Body::Snapshot(snapshot) => Self::of_snapshot(&copy, snapshot),
-                down::Body::Delta(delta) => Self::with(&copy, delta),
+            let change = match body {
+                down::Body::Snapshot(snapshot) => copy.whole(snapshot),
+                down::Body::Delta(delta) => copy.part(delta),
                 _ => continue,
             };
-            match next {
-                Ok(next) => copy = next,
+            match change {
+                Ok(change) => drop(copy.apply(change)),
                 Err(_) => break,
             }
         }
         // Whatever the file ends with, the next change writes it anew.
-        copy.appended = APPENDED_MAX;
+        copy.write_anew();
         Ok(copy)
     }
 
     /// A whole snapshot in its place.
-    pub(super) fn of_snapshot(&self, snapshot: Snapshot) -> Result<Self, String> {
-        let next = Self {
-            path: self.path.clone(),
-            generation: snapshot.generation,
-            policy: snapshot.policy,
-            users: Arc::new(snapshot.users.into_iter().map(|user| (user.id, user)).collect()),
-            change: None,
-            appended: 0,
-        };
-        next.check()?;
-        Ok(next)
+    pub(super) fn whole(&self, snapshot: Snapshot) -> Result<Change, String> {
+        let mut policy = parse(&snapshot.policy)?;
+        policy.user = snapshot.users.iter().map(user).collect();
+        let (gone, users) = (Vec::new(), Vec::new());
+        Ok(Change { said: Said::Whole(snapshot), policy: Some(policy), gone, users })
     }
 
-    /// The same with a change.
-    pub(super) fn with(&self, delta: Delta) -> Result<Self, String> {
+    /// A change of it.
+    pub(super) fn part(&self, delta: Delta) -> Result<Change, String> {
         if delta.base != self.generation {
             return Err(format!(
                 "a change of generation {}, but {} is in force",
                 delta.base, self.generation
             ));
         }
-        let mut change = Vec::new();
-        encode(&Down { body: Some(down::Body::Delta(delta.clone())) }, &mut change);
-        let mut next = self.clone();
-        next.generation = delta.generation;
-        if !delta.policy.is_empty() {
-            next.policy = delta.policy;
-        }
-        let users = Arc::make_mut(&mut next.users);
-        for id in delta.deletes {
-            users.remove(&id);
-        }
-        users.extend(delta.upserts.into_iter().map(|user| (user.id, user)));
-        next.appended = self.appended + 1;
-        next.change = (next.appended < APPENDED_MAX).then_some(change);
-        next.check()?;
-        Ok(next)
+        let policy = match &delta.policy[..] {
+            [] => None,
+            policy => Some(parse(policy)?),
+        };
+        let deleted = delta.deletes.iter().filter_map(|id| self.users.get(id));
+        let renamed = delta
+            .upserts
+            .iter()
+            .filter_map(|user| self.users.get(&user.id).filter(|known| known.name != user.name));
+        let gone = deleted.chain(renamed).map(|user| user.name.clone()).collect();
+        let users = delta.upserts.iter().map(user).collect();
+        Ok(Change { said: Said::Part(delta), policy, gone, users })
     }
 
-    fn check(&self) -> Result<(), String> {
-        serde_json::from_slice::<Policy>(&self.policy)
-            .map(drop)
-            .map_err(|error| format!("this version does not understand the policy: {error}"))
+    /// Takes a change over; gives what is to be appended to the file, `None` if it is to be written anew.
+    pub(super) fn apply(&mut self, change: Change) -> Option<Vec<u8>> {
+        match change.said {
+            Said::Whole(snapshot) => {
+                self.generation = snapshot.generation;
+                self.policy = snapshot.policy;
+                self.users = snapshot.users.into_iter().map(|user| (user.id, user)).collect();
+                self.appended = 0;
+                None
+            }
+            Said::Part(delta) => {
+                let said = Down { body: Some(down::Body::Delta(delta.clone())) };
+                self.generation = delta.generation;
+                if !delta.policy.is_empty() {
+                    self.policy = delta.policy;
+                }
+                for id in delta.deletes {
+                    self.users.remove(&id);
+                }
+                self.users.extend(delta.upserts.into_iter().map(|user| (user.id, user)));
+                self.appended += 1;
+                let mut bytes = Vec::new();
+                encode(&said, &mut bytes);
+                (self.appended < APPENDED_MAX).then_some(bytes)
+            }
+        }
     }
 
     /// As the node compiles it.
@@ -125,15 +166,15 @@ impl Copy {
         self.appended = APPENDED_MAX;
     }
 
-    /// Writes it to the file.
+    /// Writes it to the file: what is to be appended, or all of it.
     ///
     /// # Errors
     /// The disk takes no more.
-    pub(super) fn keep(&self) -> io::Result<()> {
+    pub(super) fn keep(&mut self, appended: Option<&[u8]>) -> io::Result<()> {
         let mut options = std::fs::OpenOptions::new();
         options.mode(0o600);
-        if let Some(change) = &self.change {
-            return options.append(true).open(&self.path)?.write_all(change);
+        if let Some(appended) = appended {
+            return options.append(true).open(&self.path)?.write_all(appended);
         }
         let whole = Snapshot {
             generation: self.generation,
@@ -146,7 +187,9 @@ impl Copy {
         let mut file = options.write(true).create(true).truncate(true).open(&new)?;
         file.write_all(&bytes)?;
         file.sync_all()?;
-        std::fs::rename(new, &self.path)
+        std::fs::rename(new, &self.path)?;
+        self.appended = 0;
+        Ok(())
     }
 }
 

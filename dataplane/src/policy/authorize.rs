@@ -257,13 +257,14 @@ impl Snapshot {
         if self.own.contains(address) {
             return Some(Denial::Own);
         }
-        let internal = is_internal(address.ip()) && !self.allow_internal.contains(address.ip());
+        let internal =
+            is_internal(address.ip()) && !self.matchers.allow_internal.contains(address.ip());
         internal.then_some(Denial::Internal)
     }
 
     /// Ports, filters, rules, default, in that order.
     fn judge<'a>(&'a self, query: Query<'_>, address: Option<IpAddr>) -> Verdict<'a> {
-        if self.deny_ports.contains(&query.target.port) {
+        if self.matchers.source.deny_ports.contains(&query.target.port) {
             return Verdict::Deny(Denial::Port);
         }
         match self.filter(query.target, address) {
@@ -271,7 +272,7 @@ impl Snapshot {
             Match::NeedsAddress => return Verdict::NeedsAddress,
             Match::No => {}
         }
-        for rule in &self.rules {
+        for rule in &self.matchers.rules {
             match rule.matches(query, address) {
                 Match::No => {}
                 Match::NeedsAddress => return Verdict::NeedsAddress,
@@ -284,17 +285,17 @@ impl Snapshot {
                 }
             }
         }
-        match self.default {
-            Access::Allow => Verdict::Allow(None, &self.direct),
+        match self.matchers.source.default {
+            Access::Allow => Verdict::Allow(None, &self.matchers.direct),
             Access::Deny => Verdict::Deny(Denial::Default),
         }
     }
 
     /// Whether the black list has the target and the white list does not.
     pub fn filter(&self, target: &Target, address: Option<IpAddr>) -> Match {
-        match in_lists(&self.black, target, address) {
+        match in_lists(&self.matchers.black, target, address) {
             Match::No => Match::No,
-            black => match in_lists(&self.white, target, address) {
+            black => match in_lists(&self.matchers.white, target, address) {
                 Match::Yes => Match::No,
                 Match::NeedsAddress => Match::NeedsAddress,
                 Match::No => black,

@@ -11,65 +11,74 @@ use culvert_proto::{Protocol, Target};
 use super::{
     Credential, Directory, NetSet, OwnAddresses, Ports, Snapshot, TargetLists, TargetSet, Upstream,
     User, UserId, UserUse,
-    snapshot::{Action, Alive, Rule, SHARDS, Shard, shard_of},
+    snapshot::{Action, Alive, Matchers, Rule, SHARDS, Shard, shard_of},
 };
 use crate::settings::Settings;
 
-/// Compiles a policy. What did not change since `previous` is shared with it: users' shards, remembered
-/// passwords, and what users have in use. Nothing of `previous` is touched unless all is well; then
-/// changed limits hold at once.
+/// What is to be in force.
+#[derive(Debug, Clone, Copy)]
+pub enum Draft<'a> {
+    /// A whole policy.
+    Whole(&'a Policy),
+    /// A change of what is in force, which costs what it changes.
+    Change {
+        /// The policy without its users, if it changed.
+        policy: Option<&'a Policy>,
+        /// Names of users that are gone, or have another name.
+        gone: &'a [String],
+        /// New and changed users.
+        users: &'a [api::User],
+    },
+}
+
+impl Draft<'_> {
+    /// What is in force already; for other settings.
+    pub const SAME: Self = Self::Change { policy: None, gone: &[], users: &[] };
+}
+
+/// Compiles a draft. What did not change since `previous` is shared with it: filters and rules, users' shards,
+/// remembered passwords, and what users have in use. Nothing of `previous` is touched unless all is well;
+/// then changed limits hold at once.
 ///
 /// # Errors
 /// All problems, with keys relative to the policy.
 pub fn compile(
-    policy: &Policy,
+    draft: Draft<'_>,
     settings: Settings,
     own: OwnAddresses,
     generation: u64,
     previous: Option<&Snapshot>,
 ) -> Result<Snapshot, Vec<Problem>> {
-    let mut compiler = Compiler { problems: policy.check() };
-    let direct = Arc::new(Upstream { name: "direct".into(), egress: None });
-    let upstreams: HashMap<&str, Arc<Upstream>> = policy
-        .upstream
-        .iter()
-        .map(|upstream| {
-            let compiled =
-                Upstream { name: upstream.name.as_str().into(), egress: upstream.egress_address };
-            (upstream.name.as_str(), Arc::new(compiled))
-        })
-        .collect();
-    let black = compiler.filters(policy, Access::Deny);
-    let white = compiler.filters(policy, Access::Allow);
-    let rules = policy
-        .rule
-        .iter()
-        .enumerate()
-        .map(|(i, rule)| compiler.rule(i, rule, &upstreams, &direct))
-        .collect();
-    let directory = compiler.directory(&policy.user, previous.map(|previous| &previous.directory));
+    let mut compiler = Compiler { problems: Vec::new() };
+    let nothing = Policy { default: Access::Deny, ..Policy::default() };
+    let policy = match draft {
+        Draft::Whole(policy) => Some(policy),
+        Draft::Change { policy, .. } => policy,
+    };
+    let known = previous.map(|previous| &previous.matchers);
+    let matchers = match (policy, known) {
+        (Some(policy), Some(known)) if policy.differs_in_users_only(&known.source) => known.clone(),
+        (None, Some(known)) => known.clone(),
+        (policy, _) => compiler.matchers(policy.unwrap_or(&nothing)),
+    };
+    let empty = Directory::empty();
+    let before = previous.map_or(&empty, |previous| &previous.directory);
+    let directory = match draft {
+        Draft::Whole(policy) => compiler.directory(&policy.user, before),
+        Draft::Change { gone, users, .. } => compiler.changed(gone, users, before),
+    };
 
     if !compiler.problems.is_empty() {
         return Err(compiler.problems);
     }
-    for user in directory.users() {
-        user.shared.apply(&user.limits);
+    let apply = |user: &Arc<User>| user.shared.apply(&user.limits);
+    match draft {
+        Draft::Whole(_) => directory.users().for_each(apply),
+        Draft::Change { users, .. } => {
+            users.iter().filter_map(|user| directory.find(user.name.as_bytes())).for_each(apply);
+        }
     }
-    Ok(Snapshot {
-        _alive: Alive::new(),
-        generation,
-        directory,
-        settings,
-        whitelist: policy.whitelist.clone().map(NetSet::new),
-        deny_ports: policy.deny_ports.clone().into(),
-        allow_internal: NetSet::new(policy.allow_internal.clone()),
-        own,
-        black,
-        white,
-        rules,
-        default: policy.default,
-        direct,
-    })
+    Ok(Snapshot { _alive: Alive::new(), generation, directory, settings, matchers, own })
 }
 
 struct Compiler {
@@ -79,6 +88,30 @@ struct Compiler {
 impl Compiler {
     fn problem(&mut self, key: String, message: impl Into<String>) {
         self.problems.push(Problem::new(Place::Nowhere, key, message));
+    }
+
+    fn matchers(&mut self, policy: &Policy) -> Arc<Matchers> {
+        self.problems.extend(policy.check());
+        let direct = Arc::new(Upstream { name: "direct".into(), egress: None });
+        let upstreams: HashMap<&str, Arc<Upstream>> = policy
+            .upstream
+            .iter()
+            .map(|upstream| {
+                let name = upstream.name.as_str();
+                let egress = upstream.egress_address;
+                (name, Arc::new(Upstream { name: name.into(), egress }))
+            })
+            .collect();
+        let rules = policy.rule.iter().enumerate();
+        Arc::new(Matchers {
+            source: policy.without_users(),
+            whitelist: policy.whitelist.clone().map(NetSet::new),
+            allow_internal: NetSet::new(policy.allow_internal.clone()),
+            black: self.filters(policy, Access::Deny),
+            white: self.filters(policy, Access::Allow),
+            rules: rules.map(|(i, rule)| self.rule(i, rule, &upstreams, &direct)).collect(),
+            direct,
+        })
     }
 
     /// The filters of one kind, gathered by their ports: usually one set for all.
@@ -155,13 +188,31 @@ impl Compiler {
         }
     }
 
-    fn directory(&mut self, users: &[api::User], previous: Option<&Directory>) -> Directory {
+    /// The users of before, without those that are gone and with those that are new.
+    fn changed(&mut self, gone: &[String], users: &[api::User], before: &Directory) -> Directory {
+        self.problems.extend(api::check_users(users));
+        let mut shards = before.shards.clone();
+        let mut renamed = HashMap::new();
+        for name in gone {
+            let shard = Arc::make_mut(&mut shards[shard_of(name.as_bytes())]);
+            renamed.extend(shard.remove(name.as_bytes()).map(|user| (user.id, user)));
+        }
+        for (i, user) in users.iter().enumerate() {
+            let shard = &mut shards[shard_of(user.name.as_bytes())];
+            let known = shard.get(user.name.as_bytes()).or_else(|| renamed.get(&id(user)));
+            if let Some(compiled) = self.user(i, user, known.cloned().as_ref()) {
+                Arc::make_mut(shard).insert(compiled);
+            }
+        }
+        Directory { shards }
+    }
+
+    fn directory(&mut self, users: &[api::User], previous: &Directory) -> Directory {
+        self.problems.extend(api::check_users(users));
         let mut by_shard: Vec<Vec<(usize, &api::User)>> = vec![Vec::new(); SHARDS];
         for (i, user) in users.iter().enumerate() {
             by_shard[shard_of(user.name.as_bytes())].push((i, user));
         }
-        let empty = Directory::empty();
-        let previous = previous.unwrap_or(&empty);
         let shards = by_shard.iter().zip(&previous.shards).map(|(users, before)| {
             let unchanged = users.len() == before.len()
                 && users.iter().all(|(_, user)| {
@@ -175,11 +226,11 @@ impl Compiler {
     }
 
     fn shard(&mut self, users: &[(usize, &api::User)], before: &Shard) -> Shard {
-        let mut shard = Shard::with_capacity_and_hasher(users.len(), ahash::RandomState::new());
+        let mut shard = Shard::with_capacity(users.len());
         for (i, user) in users {
             let known = before.get(user.name.as_bytes());
             if let Some(compiled) = self.user(*i, user, known) {
-                shard.insert(user.name.as_bytes().into(), Arc::new(compiled));
+                shard.insert(compiled);
             }
         }
         shard
@@ -200,7 +251,7 @@ impl Compiler {
             },
         };
         let limits = user.limits.clone();
-        let id = UserId(user.id.unwrap_or_else(|| stable_hash(&user.name)));
+        let id = id(user);
         Some(User {
             id,
             name: user.name.as_str().into(),
@@ -227,6 +278,11 @@ impl TargetLists<'_> {
             && self.domain_regex.is_empty()
             && self.cidr.is_empty()
     }
+}
+
+/// A user's number; without one from a control plane, a hash of the name.
+fn id(user: &api::User) -> UserId {
+    UserId(user.id.unwrap_or_else(|| stable_hash(&user.name)))
 }
 
 fn given<T>(list: &[T]) -> Option<&[T]> {

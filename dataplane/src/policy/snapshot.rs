@@ -9,7 +9,7 @@ use std::{
     },
 };
 
-use culvert_api::policy::{Access, RuleAction};
+use culvert_api::policy::{Policy, RuleAction};
 use culvert_proto::{Protocol, Target};
 
 use super::{NetSet, Ports, TargetSet, User};
@@ -49,29 +49,41 @@ pub struct Snapshot {
     pub directory: Directory,
     /// Values that may change while sessions run: deadlines, limits.
     pub settings: Settings,
+    /// All that is not of users; shared with the snapshot before when it did not change.
+    pub(super) matchers: Arc<Matchers>,
+    pub(super) own: OwnAddresses,
+    pub(super) _alive: Alive,
+}
+
+/// A policy without its users, compiled.
+#[derive(Debug)]
+pub(super) struct Matchers {
+    /// What it was compiled from.
+    pub(super) source: Policy,
     /// Clients that may connect; `None` is all.
     pub(super) whitelist: Option<NetSet>,
-    pub(super) deny_ports: Box<[u16]>,
     pub(super) allow_internal: NetSet,
-    pub(super) own: OwnAddresses,
     /// Filters, grouped by their ports.
     pub(super) black: Box<[(Ports, TargetSet)]>,
     pub(super) white: Box<[(Ports, TargetSet)]>,
     pub(super) rules: Box<[Rule]>,
-    pub(super) default: Access,
     pub(super) direct: Arc<Upstream>,
-    pub(super) _alive: Alive,
 }
 
 impl Snapshot {
     /// Whether a client may connect at all.
     pub fn admits(&self, client: IpAddr) -> bool {
-        self.whitelist.as_ref().is_none_or(|list| list.contains(client))
+        self.matchers.whitelist.as_ref().is_none_or(|list| list.contains(client))
     }
 
     /// How many rules there are.
     pub fn rules(&self) -> usize {
-        self.rules.len()
+        self.matchers.rules.len()
+    }
+
+    /// How many filters there are.
+    pub fn filters(&self) -> usize {
+        self.matchers.source.filter.len()
     }
 }
 
@@ -140,7 +152,49 @@ impl OwnAddresses {
 /// Number of shards of the directory.
 pub(super) const SHARDS: usize = 256;
 
-pub(super) type Shard = HashMap<Box<[u8]>, Arc<User>, ahash::RandomState>;
+/// Some of the users, by name.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Shard {
+    users: HashMap<Box<[u8]>, Arc<User>, ahash::RandomState>,
+    /// When they expire, in order; made when first asked for.
+    expiries: OnceLock<Box<[i64]>>,
+}
+
+impl Shard {
+    /// For as many users.
+    pub(super) fn with_capacity(users: usize) -> Self {
+        let users = HashMap::with_capacity_and_hasher(users, ahash::RandomState::new());
+        Self { users, expiries: OnceLock::new() }
+    }
+
+    pub(super) fn get(&self, name: &[u8]) -> Option<&Arc<User>> {
+        self.users.get(name)
+    }
+
+    pub(super) fn len(&self) -> usize {
+        self.users.len()
+    }
+
+    pub(super) fn insert(&mut self, user: User) {
+        self.expiries.take();
+        self.users.insert(user.name.as_bytes().into(), Arc::new(user));
+    }
+
+    pub(super) fn remove(&mut self, name: &[u8]) -> Option<Arc<User>> {
+        self.expiries.take();
+        self.users.remove(name)
+    }
+
+    fn next_expiry(&self, now: i64) -> Option<i64> {
+        let expiries = self.expiries.get_or_init(|| {
+            let mut expiries: Vec<i64> =
+                self.users.values().filter_map(|user| user.expires).collect();
+            expiries.sort_unstable();
+            expiries.into()
+        });
+        expiries.get(expiries.partition_point(|at| *at <= now)).copied()
+    }
+}
 
 /// The users, in shards so that an edit rebuilds one and shares the others.
 #[derive(Debug)]
@@ -162,7 +216,12 @@ impl Directory {
 
     /// All users.
     pub fn users(&self) -> impl Iterator<Item = &Arc<User>> {
-        self.shards.iter().flat_map(|shard| shard.values())
+        self.shards.iter().flat_map(|shard| shard.users.values())
+    }
+
+    /// When the next of them expires after a time, both in seconds since 1970.
+    pub fn next_expiry(&self, now: i64) -> Option<i64> {
+        self.shards.iter().filter_map(|shard| shard.next_expiry(now)).min()
     }
 
     /// How many users there are.

@@ -9,12 +9,22 @@ use super::{
 };
 use crate::{Place, Problem};
 
+/// All problems of users; keys are such as `user[3].name`.
+pub fn check_users(users: &[User]) -> Vec<Problem> {
+    let mut checker = Checker::default();
+    checker.bound("user", users.len(), USERS_MAX);
+    checker.users(users);
+    checker.problems
+}
+
 impl Policy {
-    /// All problems of a policy; keys are relative to it, such as `user[3].name`.
+    /// All problems of a policy but those of its users ([`check_users`]); keys are relative to it, such as
+    /// `filter[3].port`.
     pub fn check(&self) -> Vec<Problem> {
         let mut checker = Checker::default();
-        checker.bounds(self);
-        checker.users(&self.user);
+        let entries: usize = self.filter.iter().map(|filter| filter.entries()).sum();
+        checker.bound("filter", entries, FILTER_ENTRIES_MAX);
+        checker.bound("rule", self.rule.len(), RULES_MAX);
         checker.filters(self);
         checker.upstreams(&self.upstream);
         checker.rules(self);
@@ -32,16 +42,9 @@ impl Checker {
         self.problems.push(Problem::new(Place::Nowhere, key, message));
     }
 
-    fn bounds(&mut self, policy: &Policy) {
-        let entries: usize = policy.filter.iter().map(|filter| filter.entries()).sum();
-        for (key, count, max) in [
-            ("user", policy.user.len(), USERS_MAX),
-            ("filter", entries, FILTER_ENTRIES_MAX),
-            ("rule", policy.rule.len(), RULES_MAX),
-        ] {
-            if count > max {
-                self.problem(key.to_owned(), format!("{count} entries; at most {max} are taken"));
-            }
+    fn bound(&mut self, key: &str, count: usize, max: usize) {
+        if count > max {
+            self.problem(key.to_owned(), format!("{count} entries; at most {max} are taken"));
         }
     }
 

@@ -17,7 +17,7 @@ fn compiled(text: &str, previous: Option<&Snapshot>) -> Result<Snapshot, Vec<Pro
         local: vec!["203.0.114.5".parse().unwrap()],
     };
     let generation = previous.map_or(1, |previous| previous.generation + 1);
-    compile(&policy(text), Settings::default(), own, generation, previous)
+    compile(Draft::Whole(&policy(text)), Settings::default(), own, generation, previous)
 }
 
 /// Judges a target with all names resolving to `addresses`; says what came out.
@@ -332,4 +332,71 @@ fn every_problem_is_named_and_nothing_changes() {
         .reserve(1 << 30, clock())
         .units;
     assert_eq!(rate, 1_000_000 / 50, "the old rate still holds");
+}
+
+/// Changes one after the other come to what the whole would be, and cost only what they change.
+#[test]
+fn changes_come_to_the_same_as_the_whole() {
+    use std::collections::BTreeMap;
+    let mut dice = 1u64;
+    let mut below = |bound: u64| {
+        dice = dice.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+        (dice >> 33) % bound
+    };
+    let template = policy("[[user]]\nname = 'x'\npassword_hash = '$HASH'\n").user.remove(0);
+    let compile = |draft: Draft<'_>, previous: Option<&Snapshot>| {
+        compile(draft, Settings::default(), OwnAddresses::default(), 1, previous).unwrap()
+    };
+    // By number, as a control plane has them; names wander between numbers.
+    let mut users: BTreeMap<u64, api::User> = BTreeMap::new();
+    let mut snapshot = compile(Draft::Whole(&policy("[[filter]]\ndomain = ['a.example']\n")), None);
+    for _ in 0..300 {
+        let (mut gone, mut new) = (Vec::new(), BTreeMap::new());
+        for _ in 0..=below(4) {
+            let id = below(60);
+            let expires = time::OffsetDateTime::from_unix_timestamp(NOW + below(50) as i64);
+            let user = api::User {
+                id: Some(id),
+                name: format!("user {}", below(40)),
+                expires: expires.ok().filter(|_| id % 3 == 0),
+                groups: vec![format!("{}", below(5))],
+                ..template.clone()
+            };
+            let taken = users.values().chain(new.values()).any(|known: &api::User| {
+                known.name == user.name && known.id != user.id && !gone.contains(&known.name)
+            });
+            if below(4) == 0 {
+                gone.extend(users.get(&id).map(|user| user.name.clone()));
+                new.remove(&id);
+            } else if !taken {
+                gone.extend(users.get(&id).map(|known| known.name.clone()));
+                new.insert(id, user);
+            }
+        }
+        users.retain(|_, user| !gone.contains(&user.name));
+        users.extend(new.clone());
+        let changed: Vec<api::User> = new.into_values().collect();
+        let draft = Draft::Change { policy: None, gone: &gone, users: &changed };
+        let next = compile(draft, Some(&snapshot));
+        assert!(Arc::ptr_eq(&next.matchers, &snapshot.matchers));
+        let shards = next.directory.shards.iter().zip(&snapshot.directory.shards);
+        let touched = shards.filter(|(a, b)| !Arc::ptr_eq(a, b)).count();
+        assert!(touched <= gone.len() + changed.len());
+        let whole = Policy { user: users.values().cloned().collect(), ..Policy::default() };
+        let whole = compile(Draft::Whole(&whole), None);
+        let list = |of: &Snapshot| -> BTreeMap<Arc<str>, u64> {
+            of.directory.users().map(|user| (user.name.clone(), user.fingerprint)).collect()
+        };
+        assert_eq!(list(&next), list(&whole));
+        let at = NOW + below(50) as i64;
+        let first = users.values().filter_map(|user| Some(user.expires?.unix_timestamp()));
+        assert_eq!(next.directory.next_expiry(at), first.filter(|first| *first > at).min());
+        // Whoever has another name keeps what is in use.
+        for user in changed {
+            let before = snapshot.directory.users().find(|known| known.id.0 == user.id.unwrap());
+            let after = next.directory.find(user.name.as_bytes()).unwrap();
+            assert!(before.is_none_or(|before| Arc::ptr_eq(&before.shared, &after.shared)));
+        }
+        snapshot = next;
+    }
 }
