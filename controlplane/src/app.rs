@@ -20,7 +20,8 @@ use crate::{
     store::{
         Actor, Change, Store,
         entity::{
-            access_log, audit, change, command, heartbeat, refresh, session, setting, traffic, user,
+            access_log, audit, boot, change, command, heartbeat, refresh, session, setting,
+            traffic, user,
         },
         may_come, now,
     },
@@ -397,11 +398,14 @@ async fn clean_once(store: &Store) -> Result<(), sea_orm::DbErr> {
         .exec(db)
         .await?;
     command::Entity::delete_many().filter(command::Column::At.lt(now - COMMANDS)).exec(db).await?;
-    session::Entity::delete_many()
-        .filter(session::Column::ToldAt.lt(now - MINUTE))
+    session::Entity::delete_many().filter(session::Column::ToldAt.lt(now - DAY)).exec(db).await?;
+    crate::lease::clean(db, now - DAY).await?;
+    // Those of which no report came count for nothing.
+    boot::Entity::delete_many()
+        .filter(boot::Column::SeenAt.lt(now - DAY))
+        .filter(boot::Column::Sequence.lt(0))
         .exec(db)
         .await?;
-    crate::lease::clean(db, now - DAY).await?;
     refresh::Entity::delete_many().filter(refresh::Column::ExpiresAt.lt(now)).exec(db).await?;
     let oldest = store.generation().await? - CHANGES;
     change::Entity::delete_many().filter(change::Column::Generation.lt(oldest)).exec(db).await?;

@@ -228,6 +228,14 @@ impl Config {
                 "mysql://user:password@host/name or sqlite:///path; empty is SQLite",
             );
         }
+        let parameters = url.split_once('?').map_or("", |(_, parameters)| parameters);
+        for (name, file) in parameters.split('&').filter_map(|pair| pair.split_once('=')) {
+            if ["ssl-ca", "ssl-cert", "ssl-key"].contains(&name)
+                && let Err(error) = std::fs::File::open(file)
+            {
+                say("database.url", &format!("{name}: the certificate file {file}: {error}"));
+            }
+        }
         let tls = &self.server.tls;
         if tls.is_set() == tls.key.as_os_str().is_empty() {
             say("server.tls", "certificate and key are given both or not at all");

@@ -20,15 +20,12 @@ use crate::{
     store::{
         Boot, Command, ROWS, Store,
         entity::{boot as boots, lease, node, node_usage, usage, user},
-        now, retry,
+        lately, now, retry,
     },
 };
 
 /// So little is not shared, in bytes.
 const SMALL: i64 = 1 << 20;
-
-/// A boot that was silent so long has nothing to give, in microseconds.
-const SILENT: i64 = 20_000_000;
 
 /// What there is of a user's quota, in bytes.
 #[derive(Debug, Default, Clone, Copy)]
@@ -118,7 +115,7 @@ async fn online(db: &impl ConnectionTrait) -> Result<BTreeSet<Boot>, DbErr> {
     let revoked = node::Entity::find().filter(node::Column::Status.ne("active"));
     let revoked = revoked.select_only().column(node::Column::Id).into_query();
     let online = boots::Entity::find()
-        .filter(boots::Column::SeenAt.gt(now() - SILENT))
+        .filter(lately(boots::Column::SeenAt))
         .filter(boots::Column::Ended.eq(false))
         .filter(boots::Column::NodeId.not_in_subquery(revoked));
     Ok(online.all(db).await?.into_iter().map(|row| (row.node_id, row.boot)).collect())
@@ -290,19 +287,12 @@ pub async fn told(db: &DatabaseTransaction, boot: Boot, said: &link::Report) -> 
 /// # Errors
 /// The database failed.
 pub async fn clean(db: &impl ConnectionTrait, before: i64) -> Result<(), DbErr> {
-    let nodes = node::Entity::find().all(db).await?;
-    let gone = nodes
-        .iter()
-        .filter(|node| node.status != "active" || node.seen_at.is_none_or(|seen| seen < before));
-    let gone: Vec<i64> = gone.map(|node| node.id).collect();
-    lease::Entity::delete_many().filter(lease::Column::NodeId.is_in(gone)).exec(db).await?;
-    let boots: Vec<i64> = nodes.iter().map(|node| node.boot).collect();
-    lease::Entity::delete_many()
-        .filter(lease::Column::Boot.is_not_in(boots))
-        .filter(lease::Column::UpdatedAt.lt(before))
-        .exec(db)
-        .await?;
-    Ok(())
+    let sql = format!(
+        "DELETE FROM leases WHERE node_id IN (SELECT id FROM nodes WHERE status <> 'active') OR NOT EXISTS \
+         (SELECT 1 FROM boots WHERE boots.node_id = leases.node_id AND boots.boot = leases.boot \
+         AND boots.seen_at >= {before})"
+    );
+    db.execute_unprepared(&sql).await.map(drop)
 }
 
 #[cfg(test)]

@@ -227,7 +227,7 @@ impl Hub {
             }
         };
         self.connected.fetch_add(1, Relaxed);
-        tracing::info!(node = %node.row.name, boot = node.boot, "node connected");
+        tracing::info!(node = %node.row.name, boot = node.row.boot.cast_unsigned(), "node connected");
         let gone = self.follow(&mut peer, &mut node).await;
         self.connected.fetch_sub(1, Relaxed);
         if let Err(Gone::Database(error)) = &gone {
@@ -289,7 +289,7 @@ impl Hub {
         change.connected = Set(true);
         change.seen_at = Set(Some(now()));
         change.generation = Set(hello.generation.cast_signed());
-        change.update(self.store.db()).await?;
+        let row = change.update(self.store.db()).await?;
         let begun = boot::ActiveModel {
             node_id: Set(row.id),
             boot: Set(hello.boot.cast_signed()),
@@ -305,13 +305,7 @@ impl Hub {
             .on_conflict(over)
             .exec_without_returning(self.store.db())
             .await?;
-        Ok(Node {
-            row,
-            boot: hello.boot,
-            shown,
-            generation: hello.generation,
-            taken_back: HashSet::new(),
-        })
+        Ok(Node { row, shown, taken_back: HashSet::new() })
     }
 
     async fn enrol(&self, name: &str) -> Result<node::Model, Gone> {
@@ -326,7 +320,7 @@ impl Hub {
     async fn follow(&self, peer: &mut Peer, node: &mut Node) -> Result<(), Gone> {
         let mut changed = self.store.watch();
         let mut looked = self.look.subscribe();
-        let mut known = node.generation;
+        let mut known = node.row.generation.cast_unsigned();
         let (mut asked, mut questions) = (0, HashMap::new());
         let mut last_command = self.last_command().await?;
         let mut heard = Instant::now();
@@ -470,22 +464,26 @@ impl Hub {
         Ok(())
     }
 
-    async fn told(&self, node: &Node, generation: u64, refusal: String) -> Result<(), DbErr> {
-        let mut row = node::Entity::update_many()
-            .col_expr(node::Column::Refusal, refusal.into())
-            .filter(node::Column::Id.eq(node.row.id))
-            .filter(node::Column::Boot.eq(node.boot.cast_signed()));
+    async fn told(&self, node: &mut Node, generation: u64, refusal: String) -> Result<(), DbErr> {
         if generation > 0 {
-            row = row.col_expr(node::Column::Generation, generation.cast_signed().into());
+            node.row.generation = generation.cast_signed();
         }
-        row.exec(self.store.db()).await.map(drop)
+        node.row.refusal = refusal;
+        node::Entity::update_many()
+            .col_expr(node::Column::Refusal, node.row.refusal.clone().into())
+            .col_expr(node::Column::Generation, node.row.generation.into())
+            .filter(node::Column::Id.eq(node.row.id))
+            .filter(node::Column::Boot.eq(node.row.boot))
+            .exec(self.store.db())
+            .await
+            .map(drop)
     }
 
     async fn beat(&self, node: &Node, beat: &link::Heartbeat) -> Result<(), DbErr> {
         let at = now();
         let row = heartbeat::ActiveModel {
             node_id: Set(node.row.id),
-            boot: Set(node.boot.cast_signed()),
+            boot: Set(node.row.boot),
             at: Set(at),
             sessions: Set(beat.sessions.cast_signed()),
             cpu_us: Set(beat.cpu_us.cast_signed()),
@@ -499,7 +497,7 @@ impl Hub {
         boot::Entity::update_many()
             .col_expr(boot::Column::SeenAt, at.into())
             .filter(boot::Column::NodeId.eq(node.row.id))
-            .filter(boot::Column::Boot.eq(node.boot.cast_signed()))
+            .filter(boot::Column::Boot.eq(node.row.boot))
             .exec(self.store.db())
             .await?;
         let mut row = node::Entity::update_many()
@@ -508,7 +506,11 @@ impl Hub {
             .filter(node::Column::Id.eq(node.row.id));
         // While one boot drains, the node is the other.
         if beat.ready {
-            row = row.col_expr(node::Column::Boot, node.boot.cast_signed().into());
+            row = row
+                .col_expr(node::Column::Boot, node.row.boot.into())
+                .col_expr(node::Column::Version, node.row.version.clone().into())
+                .col_expr(node::Column::Generation, node.row.generation.into())
+                .col_expr(node::Column::Refusal, node.row.refusal.clone().into());
         }
         row.exec(self.store.db()).await.map(drop)
     }
@@ -553,7 +555,7 @@ impl Hub {
         let rows = asked::Entity::find()
             .filter(asked::Column::Id.gt(last))
             .filter(asked::Column::NodeId.is_in([0, node.row.id]))
-            .filter(asked::Column::Boot.is_in([0, node.boot.cast_signed()]))
+            .filter(asked::Column::Boot.is_in([0, node.row.boot]))
             .order_by_asc(asked::Column::Id)
             .all(self.store.db())
             .await;
@@ -593,7 +595,7 @@ impl Hub {
         let gone = node::Entity::update_many()
             .col_expr(node::Column::Connected, false.into())
             .filter(node::Column::Id.eq(node.row.id))
-            .filter(node::Column::Boot.eq(node.boot.cast_signed()));
+            .filter(node::Column::Boot.eq(node.row.boot));
         gone.exec(self.store.db()).await?;
         delete_sessions(self.store.db(), node.key()).await
     }
@@ -637,18 +639,16 @@ pub fn socket_path(state_dir: &Path) -> PathBuf {
 }
 
 struct Node {
+    /// As this boot of it is.
     row: node::Model,
-    boot: u64,
     /// The fingerprint of the certificate it has shown; `None` on this host's socket.
     shown: Option<String>,
-    /// The generation of its copy.
-    generation: u64,
     /// Users of whose leases some was taken back, until it has told what it still holds.
     taken_back: HashSet<u64>,
 }
 
 impl Node {
     fn key(&self) -> Boot {
-        (self.row.id, self.boot.cast_signed())
+        (self.row.id, self.row.boot)
     }
 }

@@ -13,9 +13,9 @@ use std::{
 };
 
 use sea_orm::{
-    ConnectOptions, ConnectionTrait, Database, DatabaseBackend, DatabaseConnection,
+    ColumnTrait, ConnectOptions, ConnectionTrait, Database, DatabaseBackend, DatabaseConnection,
     DatabaseTransaction, DbErr, EntityTrait, Set, Statement, TransactionTrait,
-    sea_query::OnConflict,
+    sea_query::{Expr, OnConflict},
 };
 use sea_orm_migration::MigratorTrait;
 use serde::Serialize;
@@ -147,6 +147,17 @@ impl Command {
 pub fn now() -> i64 {
     let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     i64::try_from(since.as_micros()).unwrap_or(i64::MAX)
+}
+
+/// How far clocks of control planes of one database may differ, in microseconds.
+pub const SKEW: i64 = 60_000_000;
+/// What tells of itself every 5 s and was silent so long is gone, in microseconds.
+const SILENT: i64 = 20_000_000;
+
+/// Whether a time, of whichever control plane's clock, was a moment ago.
+pub fn lately(at: impl ColumnTrait) -> Expr {
+    let now = now();
+    at.between(now - SILENT - SKEW, now + SKEW)
 }
 
 /// Where SQLite's file lies in a state directory.
@@ -408,11 +419,12 @@ pub fn is_away(error: &DbErr) -> bool {
             .any(|sign| text.contains(sign))
 }
 
-/// Whether a database that was to be opened is away but may come: it did not refuse us (1044, 1045), has the
-/// database (1049), and is who it is to be.
+/// Whether a database that was to be opened is away but may come: it did not refuse us, and is who it is to be.
 pub fn may_come(error: &DbErr) -> bool {
+    // Access denied, a database that does not exist, a host that may not connect; the certificate.
+    const REFUSED: [&str; 5] = ["(28000)", "(42000)", "1130", "peer certificate", "TLS"];
     let text = error.to_string();
-    is_away(error) && !["1044", "1045", "1049", "TLS"].iter().any(|sign| text.contains(sign))
+    is_away(error) && !REFUSED.iter().any(|sign| text.contains(sign))
 }
 
 /// Whether a unique index said no.

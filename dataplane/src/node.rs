@@ -13,7 +13,7 @@ use std::{
     path::PathBuf,
     sync::{
         Arc, Mutex, PoisonError,
-        atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering::Relaxed},
+        atomic::{AtomicBool, AtomicU64, Ordering::Relaxed},
     },
     thread,
     time::{Duration, Instant},
@@ -93,9 +93,8 @@ pub struct Node {
     follower: Option<Arc<Follower>>,
     /// The addresses as configured, where port 0 is still 0.
     binds: Vec<SocketAddr>,
-    /// When sessions were last judged, and when the next user expires, in seconds since 1970.
-    judged: AtomicI64,
-    next_expiry: AtomicI64,
+    /// When sessions were last judged, and when the next user of that snapshot expires, in seconds since 1970.
+    judged: Mutex<(i64, i64)>,
     ready: AtomicBool,
     drain_timeout: Duration,
     state_dir: Option<PathBuf>,
@@ -244,8 +243,7 @@ impl Node {
             started: Instant::now(),
             own,
             binds: config.listeners.iter().map(|listener| listener.bind).collect(),
-            judged: AtomicI64::new(worker::unix_now()),
-            next_expiry: AtomicI64::new(0),
+            judged: Mutex::new((worker::unix_now(), 0)),
             drain,
             ready: AtomicBool::new(true),
             drain_timeout: config.drain,
@@ -341,17 +339,21 @@ impl Node {
 
     /// Has all sessions judged again.
     pub fn judge(&self) {
-        let now = worker::unix_now();
-        let next = self.shared.snapshot.load().directory.next_expiry(now);
-        self.judged.store(now, Relaxed);
-        self.next_expiry.store(next.unwrap_or(i64::MAX), Relaxed);
+        {
+            // Who comes later has seen no earlier snapshot.
+            let mut judged = self.judged.lock().unwrap_or_else(PoisonError::into_inner);
+            let now = worker::unix_now();
+            let next = self.shared.snapshot.load().directory.next_expiry(now);
+            *judged = (now, next.unwrap_or(i64::MAX));
+        }
         self.tell(|| Message::Judge);
     }
 
     /// Has all sessions judged again if a user has expired since, or the clock was set back.
     pub fn judge_expired(&self) {
         let now = worker::unix_now();
-        if now >= self.next_expiry.load(Relaxed) || now < self.judged.load(Relaxed) {
+        let (judged, next) = *self.judged.lock().unwrap_or_else(PoisonError::into_inner);
+        if now >= next || now < judged {
             self.judge();
         }
     }
@@ -460,6 +462,7 @@ impl Node {
         self.tell(|| Message::Drain);
         let deadline = Instant::now() + self.drain_timeout;
         while self.sessions_active() > 0 && Instant::now() < deadline {
+            self.judge_expired();
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
         let cut = self.sessions_active();

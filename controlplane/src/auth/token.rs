@@ -6,7 +6,7 @@ use base64::{Engine, prelude::BASE64_URL_SAFE_NO_PAD};
 use jsonwebtoken::{Algorithm, DecodingKey, EncodingKey, Header, Validation, decode, encode};
 use serde::{Deserialize, Serialize};
 
-use crate::store::now;
+use crate::store::{SKEW, now};
 
 const ISSUER: &str = "culvert";
 const AUDIENCE: &str = "culvert-api";
@@ -30,9 +30,6 @@ pub struct Claims {
     /// When it ends, in seconds since 1970.
     pub until: i64,
 }
-
-/// How far ahead another control plane's clock may be, in seconds.
-const SKEW: i64 = 60;
 
 #[derive(Serialize, Deserialize)]
 struct Body {
@@ -78,7 +75,7 @@ impl Tokens {
     /// ahead of it, by which clocks of control planes may differ.
     pub fn check(&self, token: &str) -> Option<Claims> {
         let body = decode::<Body>(token, &self.decoding, &self.validation).ok()?.claims;
-        if body.iat > now() / 1_000_000 + SKEW {
+        if body.iat > (now() + SKEW) / 1_000_000 {
             return None;
         }
         Some(Claims { user: body.sub.parse().ok()?, epoch: body.epoch, until: body.exp })

@@ -15,11 +15,8 @@ use super::{Admin, App, Caller, Id, Page, Paging, Params, Problem, problem::Resu
 use crate::store::{
     Boot, Change, Command,
     entity::{command, session, user},
-    now,
+    lately,
 };
-
-/// Nodes tell their sessions every 5 s; what is so old, in microseconds, is of one that is gone.
-const SILENT: i64 = 20_000_000;
 
 pub(super) fn routes() -> OpenApiRouter<App> {
     OpenApiRouter::new()
@@ -55,7 +52,7 @@ struct Which {
 
 /// What nodes have told a moment ago: one may be gone, with the control plane that would have noticed.
 pub(super) fn running() -> Select<session::Entity> {
-    session::Entity::find().filter(session::Column::ToldAt.gt(now() - SILENT))
+    session::Entity::find().filter(lately(session::Column::ToldAt))
 }
 
 /// Sessions that run, on all nodes; others than admins see only their own. At most 5 s old.

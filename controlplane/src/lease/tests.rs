@@ -98,7 +98,7 @@ impl Fleet {
                 sequence: Set(-1),
                 uncertain: Set(0),
                 ended: Set(false),
-                seen_at: Set(now() + 3_600_000_000),
+                seen_at: Set(now()),
             };
             boots::Entity::insert(row).exec_without_returning(fleet.store.db()).await.unwrap();
             fleet.nodes.push(Node { boot, ..Node::default() });
@@ -222,4 +222,24 @@ async fn no_order_of_messages_gives_a_byte_twice() {
         }
         assert_eq!(fleet.moved(), QUOTA, "seed {seed}");
     }
+}
+
+/// A lease is kept as long as its boot is heard of, however long ago it was granted.
+#[tokio::test]
+async fn only_leases_of_boots_that_are_gone_are_deleted() {
+    let fleet = Fleet::new(2).await;
+    let (db, users) = (fleet.store.db(), [fleet.user.cast_unsigned()]);
+    for node in &fleet.nodes {
+        grant(&fleet.store, node.boot, &users).await.unwrap();
+    }
+    let old = lease::Entity::update_many().col_expr(lease::Column::UpdatedAt, 0.into());
+    old.exec(db).await.unwrap();
+    let before = now() - 60_000_000;
+    clean(db, before).await.unwrap();
+    assert_eq!(lease::Entity::find().all(db).await.unwrap().len(), 2);
+    let gone = boots::Entity::update_many().col_expr(boots::Column::SeenAt, 0.into());
+    gone.filter(boots::Column::Boot.eq(7)).exec(db).await.unwrap();
+    clean(db, before).await.unwrap();
+    let left = lease::Entity::find().all(db).await.unwrap();
+    assert_eq!(left.iter().map(|row| row.boot).collect::<Vec<_>>(), [8]);
 }

@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 
 use crate::{
     accounting::transfer,
-    support::{Planes, await_some, echo, on_each, pause, ping},
+    support::{Planes, await_cut, await_some, echo, on_each, pause, ping},
 };
 
 /// The sessions of a user, as their numbers.
@@ -58,7 +58,7 @@ fn two_boots_of_a_node_are_counted_listed_and_ended_apart() {
             .collect();
         assert_eq!(newest.len(), 1, "{listed:?}");
         planes.must("DELETE", &format!("/online/{}", newest[0]), Value::Null);
-        assert!(!matches!(third.read(&mut [0]), Ok(1..)));
+        await_cut(&mut third);
         streams.iter_mut().for_each(|stream| ping(stream).unwrap());
         moved += 16;
         await_some("two sessions", || (online(&planes, &id).len() == 2).then_some(()));

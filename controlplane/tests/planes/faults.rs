@@ -346,17 +346,25 @@ fn a_database_over_tls_shows_its_certificate() {
         let failed = |url: &str| {
             let config = folder.path().join("control.toml");
             let dir = folder.path().join("control");
-            let text = format!("[database]\nurl = '{url}'\n[state]\ndir = '{}'\n", dir.display());
+            let text = format!(
+                "[server]\nbind = '127.0.0.1:0'\n[database]\nurl = '{url}'\n[state]\ndir = '{}'\n",
+                dir.display()
+            );
             fs::write(&config, text).unwrap();
             let config = config.to_str().unwrap();
             let mut command = Command::new(env!("CARGO_BIN_EXE_culvert-control"));
-            Program::spawn(command.args(["migrate", "-c", config])).await_line("database")
+            let mut program = Program::spawn(command.args(["serve", "-c", config]));
+            let said = program.await_line("database");
+            program.await_failure();
+            said
         };
         // Another's word for it, another name, and no TLS at all.
         for (url, reason) in [
             (url("localhost", &theirs), "certificate"),
             (url("127.0.0.1", &ours), "certificate"),
+            (url("localhost", "/nowhere.pem"), "certificate"),
             (format!("mysql://far:away@localhost:{port}/culvert?ssl-mode=DISABLED"), "denied"),
+            (url("localhost", &ours).replace("/culvert?", "/nothing?"), "nothing"),
         ] {
             let said = failed(&url);
             assert!(said.contains(reason) && !said.contains("away@"), "{url}: {said}");

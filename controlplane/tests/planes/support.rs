@@ -87,6 +87,12 @@ impl Program {
         self.child.wait().unwrap();
     }
 
+    /// Waits until it has ended by itself, with an error.
+    pub fn await_failure(&mut self) {
+        let status = await_some("end of the program", || self.child.try_wait().unwrap());
+        assert!(!status.success());
+    }
+
     pub fn terminate(&mut self) {
         let pid = self.child.id().to_string();
         assert!(Command::new("kill").args(["-TERM", &pid]).status().unwrap().success());
@@ -620,6 +626,15 @@ pub fn echo() -> SocketAddr {
         }
     });
     address
+}
+
+/// Waits until a session is over, whether in order or by a reset.
+pub fn await_cut(stream: &mut TcpStream) {
+    match stream.read(&mut [0]) {
+        Ok(0) => {}
+        Err(error) if error.kind() == std::io::ErrorKind::ConnectionReset => {}
+        other => panic!("not cut: {other:?}"),
+    }
 }
 
 /// One message there and back.

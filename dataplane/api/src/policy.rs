@@ -10,7 +10,7 @@ use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 use time::OffsetDateTime;
 
-pub use check::check_users;
+pub use check::{check_users, check_users_bound};
 pub use target::{check_pattern, pattern_set};
 
 use crate::{ByteCount, ByteRate};

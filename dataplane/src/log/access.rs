@@ -16,9 +16,8 @@ use crossbeam::queue::ArrayQueue;
 use super::Spool;
 use crate::{config::LogConfig, session::Record};
 
-/// How often the queues are looked at, and how often when they were empty.
+/// How often the queues are looked at: a worker that makes less than 40,000 records a second loses none.
 const PAUSE: Duration = Duration::from_millis(200);
-const PAUSE_EMPTY: Duration = Duration::from_millis(500);
 /// How long the last records may take.
 const LAST_RECORDS: Duration = Duration::from_secs(3);
 
@@ -97,7 +96,6 @@ impl AccessLog {
 impl Shared {
     fn run(&self, mut file: impl Write) {
         let mut line = Vec::with_capacity(1024);
-        let mut pause = PAUSE;
         loop {
             // Read before the queues, so that nothing queued before it is left.
             let ending = self.ending.load(Relaxed);
@@ -123,11 +121,8 @@ impl Shared {
             if ending {
                 return;
             }
-            if written + failed > 0 {
-                pause = PAUSE;
-            } else {
-                thread::park_timeout(pause);
-                pause = PAUSE_EMPTY;
+            if written + failed == 0 {
+                thread::park_timeout(PAUSE);
             }
         }
     }

@@ -204,7 +204,9 @@ impl Compiler {
                 Arc::make_mut(shard).insert(compiled);
             }
         }
-        Directory { shards }
+        let directory = Directory { shards };
+        self.problems.extend(api::check_users_bound(directory.len()));
+        directory
     }
 
     fn directory(&mut self, users: &[api::User], previous: &Directory) -> Directory {

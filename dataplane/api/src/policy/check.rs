@@ -12,9 +12,16 @@ use crate::{Place, Problem};
 /// All problems of users; keys are such as `user[3].name`.
 pub fn check_users(users: &[User]) -> Vec<Problem> {
     let mut checker = Checker::default();
-    checker.bound("user", users.len(), USERS_MAX);
     checker.users(users);
+    checker.problems.extend(check_users_bound(users.len()));
     checker.problems
+}
+
+/// Whether so many users are too many.
+pub fn check_users_bound(users: usize) -> Option<Problem> {
+    let mut checker = Checker::default();
+    checker.bound("user", users, USERS_MAX);
+    checker.problems.pop()
 }
 
 impl Policy {
