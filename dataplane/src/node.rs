@@ -74,6 +74,9 @@ pub struct Node {
     pub workers: Vec<WorkerHandle>,
     /// Where clients connect: name and bound address.
     pub listeners: Vec<(String, SocketAddr)>,
+    /// The listening sockets, of which workers have duplicates: whoever ends, what waits to be accepted is not
+    /// reset before the node drains.
+    sockets: Mutex<Vec<OwnedFd>>,
     /// Snapshots refused since the start.
     pub rejected: AtomicU64,
     /// When the present snapshot was published.
@@ -220,7 +223,8 @@ impl Node {
         });
         state::recall(&shared.snapshot.load(), config.state_dir.as_deref());
         let mut workers = Vec::new();
-        for (index, sockets) in sockets.into_iter().enumerate() {
+        for (index, sockets) in sockets.iter().enumerate() {
+            let sockets = sockets.iter().map(OwnedFd::try_clone).collect::<Result<_, _>>()?;
             let region = map.region(index);
             workers.push(start_worker(index, config, &shared, sockets, region).await?);
         }
@@ -238,6 +242,7 @@ impl Node {
             present: Mutex::new(config.settings.clone()),
             follower,
             listeners: named.zip(bound).collect(),
+            sockets: Mutex::new(sockets.into_iter().flatten().collect()),
             rejected: AtomicU64::new(0),
             published: Mutex::new(Instant::now()),
             started: Instant::now(),
@@ -460,6 +465,7 @@ impl Node {
         let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
         tracing::info!(sessions = self.sessions_active(), deadline = ?self.drain_timeout, "draining");
         self.tell(|| Message::Drain);
+        self.sockets.lock().unwrap_or_else(PoisonError::into_inner).clear();
         let deadline = Instant::now() + self.drain_timeout;
         while self.sessions_active() > 0 && Instant::now() < deadline {
             self.judge_expired();

@@ -236,7 +236,7 @@ impl Watch {
         if !halted {
             let mut waker = self.shared.waker.borrow_mut();
             // `will_wake` may tell two wakers of one task apart.
-            if !waker.as_ref().is_some_and(|known| known.data() == cx.waker().data()) {
+            if waker.as_ref().is_none_or(|known| known.data() != cx.waker().data()) {
                 *waker = Some(cx.waker().clone());
             }
         }
