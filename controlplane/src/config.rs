@@ -230,7 +230,8 @@ impl Config {
         }
         let parameters = url.split_once('?').map_or("", |(_, parameters)| parameters);
         for (name, file) in parameters.split('&').filter_map(|pair| pair.split_once('=')) {
-            if ["ssl-ca", "ssl-cert", "ssl-key"].contains(&name)
+            if ["sslca", "sslcert", "sslkey"].contains(&&*name.replace('-', ""))
+                && file.starts_with('/')
                 && let Err(error) = std::fs::File::open(file)
             {
                 say("database.url", &format!("{name}: the certificate file {file}: {error}"));

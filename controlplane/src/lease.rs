@@ -18,7 +18,7 @@ use sea_orm::{
 use crate::{
     calendar::Calendar,
     store::{
-        Boot, Command, ROWS, Store,
+        Boot, Command, ROWS, SILENT, Store,
         entity::{boot as boots, lease, node, node_usage, usage, user},
         lately, now, retry,
     },
@@ -84,11 +84,13 @@ async fn accounts(
         .collect();
     let online = online(db).await?;
     let calendar = Calendar::load(db).await?;
+    let fresh = now() - SILENT;
     let account = |user: user::Model| {
         let start = calendar.start(user.quota_period.as_deref());
         let used = used.get(&(user.id, start)).copied().unwrap_or(0);
         let sum = |of: Boot| sums.get(&(of, user.id)).copied().unwrap_or(0);
         let mut account = Account { reported: sum(boot), ..Account::default() };
+        let mut richest = None;
         for row in leases.iter().filter(|row| row.user_id == user.id) {
             let of = (row.node_id, row.boot);
             let held = (row.granted - sum(of)).max(0);
@@ -97,8 +99,11 @@ async fn accounts(
                 continue;
             }
             account.others += held;
-            let richer = account.richest.is_none_or(|(_, most)| held > most);
-            if held > 0 && richer && online.contains(&of) {
+            // One that may be gone is asked only if no other has any.
+            let Some(can) = online.get(&of).map(|seen| *seen > fresh) else { continue };
+            let richer = richest.is_none_or(|before| (can, held) > before);
+            if held > 0 && richer {
+                richest = Some((can, held));
                 account.richest = Some((of, held));
             }
         }
@@ -110,15 +115,20 @@ async fn accounts(
     Ok(metered.into_iter().map(account).collect())
 }
 
-/// Boots that were heard of a moment ago, and are not over.
-async fn online(db: &impl ConnectionTrait) -> Result<BTreeSet<Boot>, DbErr> {
+/// Boots that were heard of a moment ago, and are not over; and when.
+async fn online(db: &impl ConnectionTrait) -> Result<BTreeMap<Boot, i64>, DbErr> {
     let revoked = node::Entity::find().filter(node::Column::Status.ne("active"));
     let revoked = revoked.select_only().column(node::Column::Id).into_query();
     let online = boots::Entity::find()
         .filter(lately(boots::Column::SeenAt))
         .filter(boots::Column::Ended.eq(false))
         .filter(boots::Column::NodeId.not_in_subquery(revoked));
-    Ok(online.all(db).await?.into_iter().map(|row| (row.node_id, row.boot)).collect())
+    Ok(online
+        .all(db)
+        .await?
+        .into_iter()
+        .map(|row| ((row.node_id, row.boot), row.seen_at))
+        .collect())
 }
 
 /// Grants what can be granted to a boot. Who gets nothing now, because others are to give some back

@@ -289,6 +289,8 @@ impl Hub {
         change.connected = Set(true);
         change.seen_at = Set(Some(now()));
         change.generation = Set(hello.generation.cast_signed());
+        // Another boot's; what this one refuses it will say.
+        change.refusal = Set(String::new());
         let row = change.update(self.store.db()).await?;
         let begun = boot::ActiveModel {
             node_id: Set(row.id),

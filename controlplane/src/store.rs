@@ -152,12 +152,18 @@ pub fn now() -> i64 {
 /// How far clocks of control planes of one database may differ, in microseconds.
 pub const SKEW: i64 = 60_000_000;
 /// What tells of itself every 5 s and was silent so long is gone, in microseconds.
-const SILENT: i64 = 20_000_000;
+pub const SILENT: i64 = 20_000_000;
 
 /// Whether a time, of whichever control plane's clock, was a moment ago.
 pub fn lately(at: impl ColumnTrait) -> Expr {
     let now = now();
     at.between(now - SILENT - SKEW, now + SKEW)
+}
+
+/// The same of a time that was read.
+pub fn was_lately(at: i64) -> bool {
+    let ago = now() - at;
+    (-SKEW..SILENT + SKEW).contains(&ago)
 }
 
 /// Where SQLite's file lies in a state directory.
@@ -422,7 +428,8 @@ pub fn is_away(error: &DbErr) -> bool {
 /// Whether a database that was to be opened is away but may come: it did not refuse us, and is who it is to be.
 pub fn may_come(error: &DbErr) -> bool {
     // Access denied, a database that does not exist, a host that may not connect; the certificate.
-    const REFUSED: [&str; 5] = ["(28000)", "(42000)", "1130", "peer certificate", "TLS"];
+    const REFUSED: [&str; 6] =
+        ["(28000)", "1044 (42000)", "1049 (42000)", "1130 (", "peer certificate", "TLS"];
     let text = error.to_string();
     is_away(error) && !REFUSED.iter().any(|sign| text.contains(sign))
 }

@@ -74,8 +74,7 @@ pub struct Node {
     pub workers: Vec<WorkerHandle>,
     /// Where clients connect: name and bound address.
     pub listeners: Vec<(String, SocketAddr)>,
-    /// The listening sockets, of which workers have duplicates: whoever ends, what waits to be accepted is not
-    /// reset before the node drains.
+    /// The listening sockets, of which workers have duplicates.
     sockets: Mutex<Vec<OwnedFd>>,
     /// Snapshots refused since the start.
     pub rejected: AtomicU64,
@@ -283,9 +282,10 @@ impl Node {
                 tracing::warn!(key, "changed; takes effect at the next start");
             }
             let mut present = self.present.lock().unwrap_or_else(PoisonError::into_inner);
-            let draft = match &self.follower {
-                Some(_) => Draft::SAME,
-                None => Draft::Whole(&config.policy),
+            // Who is followed is a matter of the next start; until then the policy stays.
+            let draft = match self.follower.is_some() || config.control.is_some() {
+                true => Draft::SAME,
+                false => Draft::Whole(&config.policy),
             };
             let generation = self.put(draft, &config.settings)?;
             self.shared.places.set_max(sessions_max(config.sessions));
@@ -321,6 +321,8 @@ impl Node {
             Some(&previous),
         );
         let snapshot = compiled?;
+        // Sorted here, not where the main thread may wait for it.
+        snapshot.directory.next_expiry(worker::unix_now());
         self.shared.everyone.apply(&settings.node);
         self.shared.snapshot.store(Arc::new(snapshot));
         if let Ok(mut published) = self.published.lock() {

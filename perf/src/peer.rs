@@ -5,7 +5,10 @@ use std::{
     net::{SocketAddr, TcpListener, TcpStream as StdStream},
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
-    sync::atomic::{AtomicU16, Ordering::Relaxed},
+    sync::{
+        Arc,
+        atomic::{AtomicU16, Ordering::Relaxed},
+    },
     time::{Duration, Instant},
 };
 
@@ -103,7 +106,7 @@ pub(crate) struct Peer {
     child: Option<Child>,
     folder: PathBuf,
     /// What it follows; ended after it.
-    pub(crate) plane: Option<Plane>,
+    pub(crate) plane: Option<Arc<Plane>>,
 }
 
 impl Peer {
@@ -125,10 +128,10 @@ impl Peer {
         let folder = folder.join(kind.name());
         fs::create_dir_all(&folder)?;
         let plane = match kind {
-            Kind::Followed | Kind::Metered => Some(plane(kind, users, culvert, &folder)?),
+            Kind::Followed | Kind::Metered => Some(Arc::new(plane(kind, users, culvert, &folder)?)),
             _ => None,
         };
-        let socket = plane.as_ref().map(Plane::socket);
+        let socket = plane.as_ref().map(|plane| plane.socket());
         let Some(mut command) =
             command(kind, address, target, culvert, driver, &folder, socket.as_deref())?
         else {

@@ -15,11 +15,8 @@ use super::{
 use crate::store::{
     Change, Command,
     entity::{heartbeat, node},
-    now,
+    now, was_lately,
 };
-
-/// A node that was silent so long is offline, in microseconds.
-const SILENT: i64 = 15_000_000;
 
 pub(super) fn routes() -> OpenApiRouter<App> {
     OpenApiRouter::new()
@@ -40,7 +37,7 @@ struct NodeView {
     name: String,
     /// `active` or `revoked`.
     status: String,
-    /// Whether it was heard of in the last 15 s.
+    /// Whether it is connected and was heard of a moment ago.
     online: bool,
     /// The program's version.
     version: String,
@@ -59,7 +56,7 @@ struct NodeView {
 fn view(row: node::Model) -> NodeView {
     NodeView {
         id: row.id.to_string(),
-        online: row.connected && row.seen_at.is_some_and(|at| at > now() - SILENT),
+        online: row.connected && row.seen_at.is_some_and(was_lately),
         name: row.name,
         status: row.status,
         version: row.version,
@@ -196,7 +193,7 @@ async fn drain(State(app): State<App>, Admin(caller): Admin, Id(id): Id) -> Resu
 struct Health {
     /// Enrolled and not revoked.
     nodes: usize,
-    /// Of those, heard of in the last 15 s.
+    /// Of those, connected and heard of a moment ago.
     online: usize,
     /// Of those, with the present generation in force.
     current: usize,

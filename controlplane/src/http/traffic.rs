@@ -1,6 +1,9 @@
 //! What was moved in all.
 
-use std::{collections::HashMap, time::Duration};
+use std::{
+    collections::{HashMap, HashSet},
+    time::Duration,
+};
 
 use axum::{
     Json,
@@ -123,22 +126,21 @@ async fn live(
     Ok(Sse::new(ReceiverStream::new(events)))
 }
 
-/// From the last two heartbeats of each node.
+/// From the last two heartbeats of each boot of a node.
 async fn present(db: &impl ConnectionTrait) -> std::result::Result<Now, DbErr> {
     let beats = heartbeat::Entity::find()
         .filter(heartbeat::Column::At.gt(now() - RECENT))
         .order_by_asc(heartbeat::Column::At);
-    let mut of_nodes: HashMap<i64, Vec<heartbeat::Model>> = HashMap::new();
+    let mut of_boots: HashMap<(i64, i64), Vec<heartbeat::Model>> = HashMap::new();
     for beat in beats.all(db).await? {
-        of_nodes.entry(beat.node_id).or_default().push(beat);
+        of_boots.entry((beat.node_id, beat.boot)).or_default().push(beat);
     }
-    let mut all = Now { nodes: of_nodes.len(), ..Now::default() };
-    for beats in of_nodes.values() {
+    let nodes: HashSet<i64> = of_boots.keys().map(|(node, _)| *node).collect();
+    let mut all = Now { nodes: nodes.len(), ..Now::default() };
+    for beats in of_boots.values() {
         let Some(last) = beats.last() else { continue };
         all.sessions += last.sessions;
-        // A node that has started anew counts from 0.
-        let before = beats.iter().rev().nth(1).filter(|before| before.uptime <= last.uptime);
-        if let Some(before) = before {
+        if let Some(before) = beats.iter().rev().nth(1) {
             let rate = |more: i64| more.max(0) * 1_000_000 / (last.at - before.at).max(1);
             all.up += rate(last.up - before.up);
             all.down += rate(last.down - before.down);

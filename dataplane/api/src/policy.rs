@@ -63,53 +63,6 @@ impl Default for Policy {
     }
 }
 
-impl Policy {
-    /// The same without its users.
-    pub fn without_users(&self) -> Self {
-        let Self {
-            default,
-            allow_internal,
-            deny_ports,
-            whitelist,
-            user: _,
-            filter,
-            rule,
-            upstream,
-        } = self;
-        Self {
-            default: *default,
-            allow_internal: allow_internal.clone(),
-            deny_ports: deny_ports.clone(),
-            whitelist: whitelist.clone(),
-            user: Vec::new(),
-            filter: filter.clone(),
-            rule: rule.clone(),
-            upstream: upstream.clone(),
-        }
-    }
-
-    /// Whether all but the users is the same.
-    pub fn differs_in_users_only(&self, other: &Self) -> bool {
-        let Self {
-            default,
-            allow_internal,
-            deny_ports,
-            whitelist,
-            user: _,
-            filter,
-            rule,
-            upstream,
-        } = self;
-        *default == other.default
-            && *allow_internal == other.allow_internal
-            && *deny_ports == other.deny_ports
-            && *whitelist == other.whitelist
-            && *filter == other.filter
-            && *rule == other.rule
-            && *upstream == other.upstream
-    }
-}
-
 /// Whether a user may log in.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]

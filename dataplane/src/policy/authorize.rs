@@ -264,7 +264,7 @@ impl Snapshot {
 
     /// Ports, filters, rules, default, in that order.
     fn judge<'a>(&'a self, query: Query<'_>, address: Option<IpAddr>) -> Verdict<'a> {
-        if self.matchers.source.deny_ports.contains(&query.target.port) {
+        if self.matchers.deny_ports.contains(&query.target.port) {
             return Verdict::Deny(Denial::Port);
         }
         match self.filter(query.target, address) {
@@ -285,7 +285,7 @@ impl Snapshot {
                 }
             }
         }
-        match self.matchers.source.default {
+        match self.matchers.default {
             Access::Allow => Verdict::Allow(None, &self.matchers.direct),
             Access::Deny => Verdict::Deny(Denial::Default),
         }

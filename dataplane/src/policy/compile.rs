@@ -57,7 +57,9 @@ pub fn compile(
     };
     let known = previous.map(|previous| &previous.matchers);
     let matchers = match (policy, known) {
-        (Some(policy), Some(known)) if policy.differs_in_users_only(&known.source) => known.clone(),
+        (Some(policy), Some(known)) if matchers_fingerprint(policy) == known.fingerprint => {
+            known.clone()
+        }
         (None, Some(known)) => known.clone(),
         (policy, _) => compiler.matchers(policy.unwrap_or(&nothing)),
     };
@@ -67,6 +69,7 @@ pub fn compile(
         Draft::Whole(policy) => compiler.directory(&policy.user, before),
         Draft::Change { gone, users, .. } => compiler.changed(gone, users, before),
     };
+    compiler.problems.extend(api::check_users_bound(directory.len()));
 
     if !compiler.problems.is_empty() {
         return Err(compiler.problems);
@@ -104,7 +107,10 @@ impl Compiler {
             .collect();
         let rules = policy.rule.iter().enumerate();
         Arc::new(Matchers {
-            source: policy.without_users(),
+            fingerprint: matchers_fingerprint(policy),
+            default: policy.default,
+            deny_ports: policy.deny_ports.clone().into(),
+            filters: policy.filter.len(),
             whitelist: policy.whitelist.clone().map(NetSet::new),
             allow_internal: NetSet::new(policy.allow_internal.clone()),
             black: self.filters(policy, Access::Deny),
@@ -192,21 +198,16 @@ impl Compiler {
     fn changed(&mut self, gone: &[String], users: &[api::User], before: &Directory) -> Directory {
         self.problems.extend(api::check_users(users));
         let mut shards = before.shards.clone();
-        let mut renamed = HashMap::new();
         for name in gone {
-            let shard = Arc::make_mut(&mut shards[shard_of(name.as_bytes())]);
-            renamed.extend(shard.remove(name.as_bytes()).map(|user| (user.id, user)));
+            Arc::make_mut(&mut shards[shard_of(name.as_bytes())]).remove(name.as_bytes());
         }
         for (i, user) in users.iter().enumerate() {
-            let shard = &mut shards[shard_of(user.name.as_bytes())];
-            let known = shard.get(user.name.as_bytes()).or_else(|| renamed.get(&id(user)));
-            if let Some(compiled) = self.user(i, user, known.cloned().as_ref()) {
-                Arc::make_mut(shard).insert(compiled);
+            let name = user.name.as_bytes();
+            if let Some(compiled) = self.user(i, user, before.find(name)) {
+                Arc::make_mut(&mut shards[shard_of(name)]).insert(compiled);
             }
         }
-        let directory = Directory { shards };
-        self.problems.extend(api::check_users_bound(directory.len()));
-        directory
+        Directory { shards }
     }
 
     fn directory(&mut self, users: &[api::User], previous: &Directory) -> Directory {
@@ -253,7 +254,7 @@ impl Compiler {
             },
         };
         let limits = user.limits.clone();
-        let id = id(user);
+        let id = UserId(user.id.unwrap_or_else(|| stable_hash(&user.name)));
         Some(User {
             id,
             name: user.name.as_str().into(),
@@ -282,9 +283,15 @@ impl TargetLists<'_> {
     }
 }
 
-/// A user's number; without one from a control plane, a hash of the name.
-fn id(user: &api::User) -> UserId {
-    UserId(user.id.unwrap_or_else(|| stable_hash(&user.name)))
+/// A hash of all that is not of users.
+fn matchers_fingerprint(policy: &Policy) -> blake3::Hash {
+    let Policy { default, allow_internal, deny_ports, whitelist, user: _, filter, rule, upstream } =
+        policy;
+    let parts = (default, allow_internal, deny_ports, whitelist, filter, rule, upstream);
+    let mut hasher = blake3::Hasher::new();
+    // A hasher takes everything, and no map among these has a key that is no text.
+    let _ = serde_json::to_writer(&mut hasher, &parts);
+    hasher.finalize()
 }
 
 fn given<T>(list: &[T]) -> Option<&[T]> {

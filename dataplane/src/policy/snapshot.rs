@@ -9,7 +9,7 @@ use std::{
     },
 };
 
-use culvert_api::policy::{Policy, RuleAction};
+use culvert_api::policy::{Access, RuleAction};
 use culvert_proto::{Protocol, Target};
 
 use super::{NetSet, Ports, TargetSet, User};
@@ -58,8 +58,12 @@ pub struct Snapshot {
 /// A policy without its users, compiled.
 #[derive(Debug)]
 pub(super) struct Matchers {
-    /// What it was compiled from.
-    pub(super) source: Policy,
+    /// A hash of what it was compiled from.
+    pub(super) fingerprint: blake3::Hash,
+    pub(super) default: Access,
+    pub(super) deny_ports: Box<[u16]>,
+    /// How many filters.
+    pub(super) filters: usize,
     /// Clients that may connect; `None` is all.
     pub(super) whitelist: Option<NetSet>,
     pub(super) allow_internal: NetSet,
@@ -83,7 +87,7 @@ impl Snapshot {
 
     /// How many filters there are.
     pub fn filters(&self) -> usize {
-        self.matchers.source.filter.len()
+        self.matchers.filters
     }
 }
 
@@ -180,9 +184,9 @@ impl Shard {
         self.users.insert(user.name.as_bytes().into(), Arc::new(user));
     }
 
-    pub(super) fn remove(&mut self, name: &[u8]) -> Option<Arc<User>> {
+    pub(super) fn remove(&mut self, name: &[u8]) {
         self.expiries.take();
-        self.users.remove(name)
+        self.users.remove(name);
     }
 
     fn next_expiry(&self, now: i64) -> Option<i64> {

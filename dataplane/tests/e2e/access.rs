@@ -124,6 +124,20 @@ fn an_expired_user_is_out_when_the_time_comes() {
     assert_eq!(proxy.socks5(Some(("ann", PASSWORD)), &Target::from(target)).err(), Some(255));
 }
 
+/// Who is to be followed is a matter of the next start: until then the policy of the file stays.
+#[test]
+fn a_file_that_names_a_control_plane_cuts_nobody() {
+    let mut proxy = Setup::new().user("ann", "").start();
+    let target = echo();
+    let mut stream = proxy.tunnel(Some("ann"), target);
+    let text = std::fs::read_to_string(proxy.folder.path().join("culvert.toml")).unwrap();
+    let (head, _) = text.split_once("[policy]").unwrap();
+    let line = proxy.rewrite(&format!("{head}[control]\nconnect = 'unix:/nowhere.sock'\n"));
+    assert!(line.contains("published"), "{line}");
+    ping(&mut stream).unwrap();
+    ping(&mut proxy.tunnel(Some("ann"), target)).unwrap();
+}
+
 /// RELIABILITY B5.
 #[test]
 fn a_users_sessions_are_limited_over_all_workers() {

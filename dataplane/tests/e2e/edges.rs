@@ -132,6 +132,20 @@ fn without_a_ring_the_node_runs_on_epoll_and_says_why() {
     }
 }
 
+/// RELIABILITY B8: where rings are only smaller, or memory may hardly be locked, the node starts all the same.
+#[test]
+fn a_host_that_is_tight_with_rings_gets_what_it_gives() {
+    let inject = "inject=io_uring_setup:error=ENOMEM:when=1";
+    let trace = "trace=io_uring_setup";
+    let strace = ["strace", "-f", "-qq", "-o", "/dev/null", "-e", trace, "-e", inject];
+    let tight = ["prlimit", "--memlock=65536:65536", "setpriv", "--bounding-set=-all"];
+    for wrapper in [&strace[..], &tight[..]] {
+        let proxy = Setup::new().through(wrapper).start();
+        ping(&mut proxy.tunnel(None, echo())).unwrap();
+        assert!(proxy.log().matches("WARN").count() <= 1, "{}", proxy.log());
+    }
+}
+
 /// RELIABILITY B7: a busy ring is waited for, not panicked at.
 #[test]
 fn a_busy_ring_loses_nothing() {

@@ -167,6 +167,102 @@ fn a_cut_session_is_counted_to_the_byte() {
     }
 }
 
+/// RELIABILITY A5: whoever ends a session, and after whatever byte, the target has all that was counted.
+#[test]
+fn a_session_ended_from_outside_is_counted_to_the_byte() {
+    let mut proxy =
+        Setup::new().with("[timeouts]\nidle = '1s'\ndrain = '1s'").user("ann", "").start();
+    let (sender, received) = mpsc::channel();
+    let sink = target(move |mut stream| {
+        let mut buffer = vec![0; 256 * 1024];
+        while let Ok(read @ 1..) = stream.read(&mut buffer) {
+            sender.send(read).unwrap();
+        }
+    });
+    // Sends so many bytes, which all arrive.
+    let fill = |proxy: &TestProxy, round: usize| {
+        let mut stream = proxy.tunnel(Some("ann"), sink);
+        let sent = 1 + round * 377_813 % (2 * MIB);
+        stream.write_all(&pattern(sent)).unwrap();
+        let mut got = 0;
+        while got < sent {
+            got += received.recv_timeout(PATIENCE).unwrap();
+        }
+        assert_eq!(got, sent);
+        (stream, sent)
+    };
+    let mut expected = Vec::new();
+    let mut cut = |mut stream: TcpStream, sent: usize, end: &'static str| {
+        let error = stream.read(&mut [0]).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::ConnectionReset, "{end}");
+        expected.push((end.to_owned(), sent as u64));
+    };
+    for round in 0..rounds(20, 3000) {
+        let (stream, sent) = fill(&proxy, 2 * round);
+        let sessions: serde_json::Value =
+            serde_json::from_str(&proxy.admin("/sessions").1).unwrap();
+        proxy.command("DELETE", &format!("/sessions/{}", sessions[0]["id"]));
+        cut(stream, sent, "kicked");
+    }
+    for round in 0..rounds(2, 300) {
+        let (stream, sent) = fill(&proxy, 5 * round + 1);
+        cut(stream, sent, "idle_timeout");
+    }
+    let (stream, sent) = fill(&proxy, 7);
+    proxy.reload(|_| {
+        Setup::new()
+            .with("[timeouts]\nidle = '1s'\ndrain = '1s'")
+            .user("ann", "status = 'disabled'")
+    });
+    cut(stream, sent, "revoked");
+    proxy.reload(|_| Setup::new().with("[timeouts]\nidle = '1m'\ndrain = '1s'").user("ann", ""));
+    let (stream, sent) = fill(&proxy, 11);
+    proxy.signal("-TERM");
+    cut(stream, sent, "drained");
+    proxy.await_end();
+    let records = proxy.records();
+    let counted = records.iter().map(|record| {
+        (record["end"].as_str().unwrap().to_owned(), record["bytes_up"].as_u64().unwrap())
+    });
+    // Each worker's in their order.
+    let mut counted: Vec<_> = counted.collect();
+    counted.sort();
+    expected.sort();
+    assert_eq!(counted, expected);
+}
+
+/// Without privileges a user has few large pipes; a flow that gets none copies.
+#[test]
+fn bulk_flows_without_privileges_all_arrive() {
+    const FLOWS: usize = 60;
+    let proxy =
+        Setup::new().through(&["setpriv", "--bounding-set=-all", "--inh-caps=-all"]).start();
+    let bytes = 24 * MIB;
+    let source = target(move |mut stream| {
+        let part = pattern(MIB);
+        for _ in 0..bytes / MIB {
+            if stream.write_all(&part).is_err() {
+                return;
+            }
+        }
+    });
+    let streams: Vec<TcpStream> = (0..FLOWS).map(|_| proxy.tunnel(None, source)).collect();
+    let readers = streams.into_iter().map(|mut stream| {
+        thread::spawn(move || {
+            let (part, mut got) = (pattern(MIB), vec![0; MIB]);
+            for _ in 0..bytes / MIB {
+                stream.read_exact(&mut got).unwrap();
+                assert!(got == part);
+            }
+            assert_eq!(stream.read(&mut got).unwrap(), 0);
+        })
+    });
+    let readers: Vec<_> = readers.collect();
+    let failed = readers.into_iter().filter_map(|reader| reader.join().err()).count();
+    assert_eq!(failed, 0);
+    assert!(proxy.metric("culvert_spliced_total") > 0.0);
+}
+
 /// RELIABILITY A7.
 #[test]
 fn idle_relays_are_reaped_and_slow_ones_live() {

@@ -300,6 +300,16 @@ impl TestProxy {
         (head.split(' ').nth(1).unwrap().parse().unwrap(), body.to_owned())
     }
 
+    /// A command to the node, which must be accepted.
+    pub fn command(&self, method: &str, path: &str) {
+        let socket = self.folder.path().join("admin.sock");
+        let mut stream = std::os::unix::net::UnixStream::connect(socket).unwrap();
+        write!(stream, "{method} {path} HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n").unwrap();
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).unwrap();
+        assert!(answer.starts_with("HTTP/1.1 202 "), "{answer}");
+    }
+
     /// The value of a metric, given as its line begins; 0 when it is not there.
     pub fn metric(&self, start: &str) -> f64 {
         let text = self.admin("/metrics").1;

@@ -9,11 +9,10 @@ use super::{
 };
 use crate::{Place, Problem};
 
-/// All problems of users; keys are such as `user[3].name`.
+/// All problems of users but their number; keys are such as `user[3].name`.
 pub fn check_users(users: &[User]) -> Vec<Problem> {
     let mut checker = Checker::default();
     checker.users(users);
-    checker.problems.extend(check_users_bound(users.len()));
     checker.problems
 }
 
