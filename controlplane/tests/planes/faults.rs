@@ -217,6 +217,47 @@ fn sql(socket: &str, text: &str) {
     assert!(done.unwrap().success(), "{text}");
 }
 
+/// RELIABILITY D9: the database server is killed under load and comes back, again and again.
+#[test]
+fn a_database_that_is_killed_loses_nothing() {
+    on_own_server("", |url, socket| {
+        let planes = Planes::start(Some(url.to_owned()));
+        let (node, target) = (planes.node("edge"), echo());
+        let id = planes.user("ann", json!({}));
+        await_some("tunnel", || node.tunnel("ann", target).ok());
+        let (mut moved, mut sessions) = (0, 1);
+        let mut server = None;
+        for round in 0..rounds(3, 20) {
+            let pid = fs::read_to_string(Path::new(socket).with_file_name("pid")).unwrap();
+            let command = fs::read(format!("/proc/{}/cmdline", pid.trim())).unwrap();
+            let words = String::from_utf8(command).unwrap();
+            let words: Vec<&str> = words.trim_end_matches('\0').split('\0').collect();
+            assert!(Command::new("kill").args(["-9", pid.trim()]).status().unwrap().success());
+            drop(server.take());
+            let _ = fs::remove_file(Path::new(socket).with_file_name("pid"));
+            for size in [10_000, 300_000] {
+                moved += transfer(&node, "ann", target, size + round);
+                sessions += 1;
+            }
+            await_some("refusal", || (planes.ask("GET", "/users", None).0 == 503).then_some(()));
+            server = Some(Program::spawn(Command::new(words[0]).args(&words[1..])));
+            await_some("server", || Path::new(socket).with_file_name("pid").exists().then_some(()));
+            let began = Instant::now();
+            let new = json!({ "name": format!("user {round}"), "password": "a long password" });
+            await_some("change", || {
+                (planes.ask("POST", "/users", Some(&new)).0 == 201).then_some(())
+            });
+            assert!(began.elapsed() < Duration::from_secs(5), "{:?}", began.elapsed());
+        }
+        await_some(&format!("{moved} bytes"), || (planes.used(&id) >= moved).then_some(()));
+        let path = format!("/logs/access?user_id={id}");
+        let logs = || planes.must("GET", &path, Value::Null)["total"].as_u64().unwrap();
+        await_some(&format!("{sessions} records"), || (logs() >= sessions).then_some(()));
+        pause(Duration::from_millis(1500));
+        assert_eq!((planes.used(&id), logs()), (moved, sessions));
+    });
+}
+
 /// RELIABILITY D9: the database takes no changes for a while, as after a failover to a replica.
 #[test]
 fn a_database_that_only_reads_is_waited_for() {
