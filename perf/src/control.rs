@@ -16,7 +16,8 @@ use culvert_api::link::{self, Down, Up, down, up};
 use serde_json::{Value, json};
 use tokio::{net::UnixStream, sync::mpsc};
 
-const USERS: usize = 100_000;
+/// Users of a control plane, and of the swap scenario.
+pub(crate) const USERS: usize = 100_000;
 const NODES: usize = 200;
 const PASSWORD: &str = "a long password";
 /// Records of one round, and of one message.

@@ -15,7 +15,7 @@ use tokio::{
 };
 
 use crate::{
-    Scenario,
+    Scenario, control,
     peer::Peer,
     process::{self, Usage},
     target,
@@ -27,8 +27,6 @@ const ECHO_SESSIONS: usize = 64;
 const ECHO_BYTES: usize = 128;
 /// Sessions at once of the churn scenario.
 const CHURN_SESSIONS: usize = 16;
-/// Users of the swap scenario.
-pub(crate) const SWAP_USERS: usize = 100_000;
 /// Pause of its sessions between two messages, so that a core is free for the compiler.
 const SWAP_PAUSE: Duration = Duration::from_millis(5);
 /// Pause between two of its snapshots.
@@ -153,7 +151,7 @@ impl Load<'_> {
         }
         let config = self.peer.config();
         let mut policy = fs::read_to_string(&config)?;
-        for index in 0..SWAP_USERS {
+        for index in 0..control::USERS {
             let hash = hash_of_nobody(index);
             policy.push_str(&format!(
                 "[[policy.user]]\nname = 'user-{index}'\npassword_hash = '{hash}'\n"

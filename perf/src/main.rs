@@ -85,7 +85,7 @@ fn main() -> anyhow::Result<()> {
             // The order turns, so that nobody always follows the same neighbour.
             for i in 0..peers.len() {
                 let kind = peers[(i + round) % peers.len()];
-                let users = if *scenario == Scenario::Swap { load::SWAP_USERS } else { 0 };
+                let users = if *scenario == Scenario::Swap { control::USERS } else { 0 };
                 let started =
                     Peer::start(kind, users, target, &cli.culvert, &cli.driver, folder.path());
                 let Some(peer) = started.with_context(|| kind.name())? else {

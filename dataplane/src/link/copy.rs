@@ -137,7 +137,12 @@ impl Copy {
                 None
             }
             Said::Part(delta) => {
-                let said = Down { body: Some(down::Body::Delta(delta.clone())) };
+                self.appended += 1;
+                let appended = (self.appended < APPENDED_MAX).then(|| {
+                    let mut bytes = Vec::new();
+                    encode(&Down { body: Some(down::Body::Delta(delta.clone())) }, &mut bytes);
+                    bytes
+                });
                 self.generation = delta.generation;
                 if !delta.policy.is_empty() {
                     self.policy = delta.policy;
@@ -146,10 +151,7 @@ impl Copy {
                     self.users.remove(&id);
                 }
                 self.users.extend(delta.upserts.into_iter().map(|user| (user.id, user)));
-                self.appended += 1;
-                let mut bytes = Vec::new();
-                encode(&said, &mut bytes);
-                (self.appended < APPENDED_MAX).then_some(bytes)
+                appended
             }
         }
     }

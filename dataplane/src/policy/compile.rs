@@ -55,13 +55,15 @@ pub fn compile(
         Draft::Whole(policy) => Some(policy),
         Draft::Change { policy, .. } => policy,
     };
-    let known = previous.map(|previous| &previous.matchers);
+    let known = previous.map(|previous| previous.matchers.clone());
     let matchers = match (policy, known) {
-        (Some(policy), Some(known)) if matchers_fingerprint(policy) == known.fingerprint => {
-            known.clone()
+        (None, Some(known)) => known,
+        (policy, known) => {
+            let policy = policy.unwrap_or(&nothing);
+            let fingerprint = fingerprint_of_matchers(policy);
+            let same = known.filter(|known| known.fingerprint == fingerprint);
+            same.unwrap_or_else(|| compiler.matchers(policy, fingerprint))
         }
-        (None, Some(known)) => known.clone(),
-        (policy, _) => compiler.matchers(policy.unwrap_or(&nothing)),
     };
     let empty = Directory::empty();
     let before = previous.map_or(&empty, |previous| &previous.directory);
@@ -93,7 +95,7 @@ impl Compiler {
         self.problems.push(Problem::new(Place::Nowhere, key, message));
     }
 
-    fn matchers(&mut self, policy: &Policy) -> Arc<Matchers> {
+    fn matchers(&mut self, policy: &Policy, fingerprint: blake3::Hash) -> Arc<Matchers> {
         self.problems.extend(policy.check());
         let direct = Arc::new(Upstream { name: "direct".into(), egress: None });
         let upstreams: HashMap<&str, Arc<Upstream>> = policy
@@ -107,7 +109,7 @@ impl Compiler {
             .collect();
         let rules = policy.rule.iter().enumerate();
         Arc::new(Matchers {
-            fingerprint: matchers_fingerprint(policy),
+            fingerprint,
             default: policy.default,
             deny_ports: policy.deny_ports.clone().into(),
             filters: policy.filter.len(),
@@ -284,7 +286,7 @@ impl TargetLists<'_> {
 }
 
 /// A hash of all that is not of users.
-fn matchers_fingerprint(policy: &Policy) -> blake3::Hash {
+fn fingerprint_of_matchers(policy: &Policy) -> blake3::Hash {
     let Policy { default, allow_internal, deny_ports, whitelist, user: _, filter, rule, upstream } =
         policy;
     let parts = (default, allow_internal, deny_ports, whitelist, filter, rule, upstream);
