@@ -10,7 +10,9 @@ use std::{
 
 use serde_json::{Value, json};
 
-use crate::support::{Gate, Node, Planes, await_some, echo, on_each, on_server, pause, rounds};
+use crate::support::{
+    Gate, Node, Planes, await_cut, await_some, echo, on_each, on_server, pause, rounds,
+};
 
 /// Moves bytes there and back in a session that ends in order; gives the bytes both ways.
 pub(crate) fn transfer(node: &Node, user: &str, target: SocketAddr, bytes: usize) -> u64 {
@@ -216,7 +218,7 @@ fn a_spent_quota_ends_the_users_sessions_and_a_reset_gives_it_back() {
         let _ = cut.write_all(&[7; 400_000]);
         assert!(cut.read_to_end(&mut Vec::new()).is_err(), "what was cut does not look finished");
         await_some("bytes", || (planes.used(&id) == 1_000_000).then_some(()));
-        assert!(!matches!(idle.read(&mut [0]), Ok(1..)));
+        await_cut(&mut idle);
         await_some("refusal", || node.tunnel("ann", target).err());
         planes.must("POST", &format!("/users/{id}/usage/reset"), Value::Null);
         await_some("tunnel", || node.tunnel("ann", target).ok());
