@@ -6,8 +6,8 @@ use anyhow::Context;
 use axum::Router;
 use axum_server::{Handle, tls_rustls::RustlsConfig};
 use sea_orm::{
-    ActiveModelTrait, ColumnTrait, ConnectionTrait, EntityTrait, PaginatorTrait, QueryFilter,
-    QuerySelect, Set, Statement, sea_query::OnConflict,
+    ColumnTrait, ConnectionTrait, EntityTrait, PaginatorTrait, QueryFilter, QuerySelect, Set,
+    Statement, sea_query::OnConflict,
 };
 use tokio::net::TcpListener;
 
@@ -111,7 +111,7 @@ pub async fn first_admin(store: &Store, dir: &Path) -> anyhow::Result<()> {
     }
     let password = random_password();
     let hash = hash_password(password.clone()).await.context("no password could be hashed")?;
-    let actor = Actor { name: "start".into(), address: String::new() };
+    let actor = Actor { name: "system:start".into(), address: String::new() };
     {
         use std::{io::Write, os::unix::fs::OpenOptionsExt};
         let mut options = std::fs::OpenOptions::new();
@@ -125,8 +125,10 @@ pub async fn first_admin(store: &Store, dir: &Path) -> anyhow::Result<()> {
         std::fs::remove_file(&path)?;
         return Ok(());
     }
-    let row = new_user(FIRST_ADMIN, &hash, "admin").insert(edit.db()).await?;
-    edit.commit(Change::new("user.create", FIRST_ADMIN).user(row.id)).await?;
+    let row = new_user(FIRST_ADMIN, &hash, "admin");
+    let made = http::edit_user::create(edit.db(), row, None).await;
+    let (_, change) = made.map_err(|problem| anyhow::anyhow!(problem.detail))?;
+    edit.commit(change).await?;
     tracing::info!(file = %path.display(), "the first admin's password is there");
     Ok(())
 }
@@ -337,7 +339,7 @@ async fn periods(store: Store) {
 }
 
 async fn begin_periods(store: &Store, today: i64) -> Result<(), sea_orm::DbErr> {
-    let edit = store.edit(Actor { name: "quota".into(), address: String::new() }).await?;
+    let edit = store.edit(Actor { name: "system:quota".into(), address: String::new() }).await?;
     // One of several control planes does it.
     let done = setting::Entity::find_by_id(TODAY).one(edit.db()).await?;
     if done.is_some_and(|done| done.value == today.to_string()) {

@@ -4,9 +4,7 @@ use std::{io::Read, path::PathBuf, process::ExitCode};
 
 use anyhow::Context;
 use clap::{Args, Parser, Subcommand};
-use sea_orm::{
-    ActiveModelTrait, ColumnTrait, EntityTrait, IntoActiveModel, QueryFilter, QueryOrder, Set,
-};
+use sea_orm::{ColumnTrait, DatabaseTransaction, EntityTrait, QueryFilter, QueryOrder};
 use tokio::signal::unix::{SignalKind, signal};
 
 use crate::{
@@ -17,9 +15,8 @@ use crate::{
     http,
     link::Authority,
     store::{
-        Actor, Change,
+        Actor,
         entity::{node, user},
-        now,
     },
 };
 
@@ -206,8 +203,15 @@ async fn serve(config: &Config) -> anyhow::Result<()> {
     .await
 }
 
+/// Who runs this, and from where, as far as sudo, login and sshd have said it: a name that no user has.
 fn actor() -> Actor {
-    Actor { name: "command line".into(), address: String::new() }
+    let said = |name: &str| std::env::var(name).ok().filter(|text| !text.is_empty());
+    let who = ["SUDO_USER", "LOGNAME", "USER"].into_iter().find_map(said);
+    let mut name = format!("cli:{}", who.unwrap_or_default());
+    name.truncate(name.floor_char_boundary(255));
+    let from = said("SSH_CONNECTION");
+    let from = from.and_then(|text| text.split(' ').next()?.parse::<std::net::IpAddr>().ok());
+    Actor { name, address: from.map_or(String::new(), |address| address.to_string()) }
 }
 
 fn password() -> anyhow::Result<String> {
@@ -226,23 +230,32 @@ fn failed(error: sea_orm::DbErr) -> anyhow::Error {
     }
 }
 
-async fn known(db: &sea_orm::DatabaseTransaction, name: &str) -> anyhow::Result<user::Model> {
+fn refused(problem: http::Problem) -> anyhow::Error {
+    anyhow::anyhow!(problem.detail)
+}
+
+async fn known(db: &DatabaseTransaction, name: &str) -> anyhow::Result<user::Model> {
     let found = user::Entity::find().filter(user::Column::Name.eq(name)).one(db).await;
     found.map_err(failed)?.with_context(|| format!("there is no user {name:?}"))
+}
+
+async fn known_node(db: &DatabaseTransaction, name: &str) -> anyhow::Result<node::Model> {
+    let found = node::Entity::find().filter(node::Column::Name.eq(name)).one(db).await;
+    found.map_err(failed)?.with_context(|| format!("there is no node {name:?}"))
 }
 
 impl UserCommand {
     async fn run(self) -> anyhow::Result<()> {
         match self {
             Self::Add { name, admin, file } => {
-                http::check_name(&name).map_err(|problem| anyhow::anyhow!(problem.detail))?;
+                http::check_name(&name).map_err(refused)?;
                 let store = app::store(&file.load()?).await?;
                 let hash = hash_password(password()?).await.context("no hash could be made")?;
                 let role = if admin { "admin" } else { "user" };
                 let edit = store.edit(actor()).await?;
-                let db = edit.db();
-                let row = app::new_user(&name, &hash, role).insert(db).await.map_err(failed)?;
-                edit.commit(Change::new("user.create", &name).user(row.id)).await.map_err(failed)
+                let row = app::new_user(&name, &hash, role);
+                let made = http::edit_user::create(edit.db(), row, None).await;
+                edit.commit(made.map_err(refused)?.1).await.map_err(failed)
             }
             Self::List { file } => {
                 let store = app::store(&file.load()?).await?;
@@ -256,30 +269,23 @@ impl UserCommand {
                 let store = app::store(&file.load()?).await?;
                 let hash = hash_password(password()?).await.context("no hash could be made")?;
                 let edit = store.edit(actor()).await?;
-                let db = edit.db();
-                let user = known(db, &name).await?;
-                let change = http::edit_password(db, user.id, &hash).await;
-                let change = change.map_err(|problem| anyhow::anyhow!(problem.detail))?;
-                edit.commit(change).await.map_err(failed)
+                let user = known(edit.db(), &name).await?;
+                let change = http::edit_user::password(edit.db(), user.id, &hash).await;
+                edit.commit(change.map_err(refused)?).await.map_err(failed)
             }
             Self::TotpOff { name, file } => {
                 let store = app::store(&file.load()?).await?;
                 let edit = store.edit(actor()).await?;
                 let user = known(edit.db(), &name).await?;
                 let change = http::take_totp_away(edit.db(), user.id).await;
-                let change = change.map_err(|problem| anyhow::anyhow!(problem.detail))?;
-                edit.commit(change).await.map_err(failed)
+                edit.commit(change.map_err(refused)?).await.map_err(failed)
             }
             Self::Disable { name, file } => {
                 let store = app::store(&file.load()?).await?;
                 let edit = store.edit(actor()).await?;
-                let db = edit.db();
-                let user = known(db, &name).await?;
-                let (id, mut row) = (user.id, user.into_active_model());
-                row.status = Set("disabled".into());
-                row.updated_at = Set(now());
-                row.update(db).await?;
-                edit.commit(Change::new("user.disable", &name).user(id)).await.map_err(failed)
+                let user = known(edit.db(), &name).await?;
+                let change = http::edit_user::disable(edit.db(), user.id).await;
+                edit.commit(change.map_err(refused)?).await.map_err(failed)
             }
         }
     }
@@ -291,12 +297,11 @@ impl NodeCommand {
             Self::Add { name, file } => {
                 let config = file.load()?;
                 let store = app::store(&config).await?;
-                http::check_name(&name).map_err(|problem| anyhow::anyhow!("{}", problem.detail))?;
+                http::check_name(&name).map_err(refused)?;
                 let issued = Authority::open(&config.state.dir)?.node(&name)?;
                 let edit = store.edit(actor()).await?;
-                let db = edit.db();
-                http::new_node(&name, &issued.fingerprint).insert(db).await.map_err(failed)?;
-                edit.commit(Change::new("node.add", &name)).await.map_err(failed)?;
+                let added = http::add_node(edit.db(), &name, &issued.fingerprint).await;
+                edit.commit(added.map_err(failed)?.1).await.map_err(failed)?;
                 print!("{}", issued.pem);
                 Ok(())
             }
@@ -305,16 +310,12 @@ impl NodeCommand {
                 let store = app::store(&config).await?;
                 let issued = Authority::open(&config.state.dir)?.node(&name)?;
                 let edit = store.edit(actor()).await?;
-                let replaced = node::Entity::update_many()
-                    .col_expr(node::Column::Certificate, issued.fingerprint.into())
-                    .filter(node::Column::Name.eq(&name))
-                    .filter(node::Column::Status.eq("active"))
-                    .exec(edit.db())
-                    .await?;
-                if replaced.rows_affected == 0 {
-                    anyhow::bail!("there is no node {name:?}, or it was revoked");
+                let node = known_node(edit.db(), &name).await?;
+                if node.status != "active" {
+                    anyhow::bail!("node {name:?} was revoked; enrol one of another name");
                 }
-                edit.commit(Change::new("node.identity", &name)).await.map_err(failed)?;
+                let replaced = http::replace_identity(edit.db(), node, issued.fingerprint).await;
+                edit.commit(replaced.map_err(failed)?.1).await.map_err(failed)?;
                 print!("{}", issued.pem);
                 Ok(())
             }
@@ -329,16 +330,9 @@ impl NodeCommand {
             Self::Revoke { name, file } => {
                 let store = app::store(&file.load()?).await?;
                 let edit = store.edit(actor()).await?;
-                let db = edit.db();
-                let revoked = node::Entity::update_many()
-                    .col_expr(node::Column::Status, "revoked".into())
-                    .filter(node::Column::Name.eq(&name))
-                    .exec(db)
-                    .await?;
-                if revoked.rows_affected == 0 {
-                    anyhow::bail!("there is no node {name:?}");
-                }
-                edit.commit(Change::new("node.revoke", &name)).await.map_err(failed)
+                let node = known_node(edit.db(), &name).await?;
+                let revoked = http::revoke_node(edit.db(), node).await;
+                edit.commit(revoked.map_err(failed)?).await.map_err(failed)
             }
         }
     }

@@ -38,10 +38,10 @@ use utoipa_axum::router::OpenApiRouter;
 pub use extract::{Admin, Body, Caller, Id, Page, Paging, Params, is_active};
 pub(crate) use filters::compiled as filter_of;
 pub use problem::Problem;
-pub(crate) use proxy::new_node;
+pub(crate) use proxy::{add_node, replace_identity, revoke_node};
 pub(crate) use rules::compiled as rule_of;
 pub(crate) use totp::take_away as take_totp_away;
-pub(crate) use users::{check_name, edit_password};
+pub(crate) use users::{check_name, edit as edit_user};
 
 use crate::{
     auth::{LoginThrottle, Seal, Tokens},

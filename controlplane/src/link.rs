@@ -311,10 +311,10 @@ impl Hub {
     }
 
     async fn enrol(&self, name: &str) -> Result<node::Model, Gone> {
-        let actor = Actor { name: "link".into(), address: String::new() };
+        let actor = Actor { name: "system:link".into(), address: String::new() };
         let edit = self.store.edit(actor).await?;
-        let row = http::new_node(name, "").insert(edit.db()).await?;
-        edit.commit(Change::new("node.add", name)).await?;
+        let (row, change) = http::add_node(edit.db(), name, "").await?;
+        edit.commit(change).await?;
         Ok(row)
     }
 
@@ -519,7 +519,7 @@ impl Hub {
 
     /// Users whose quota is spent: a new generation that says so.
     async fn spent(&self, users: &[i64]) -> Result<(), DbErr> {
-        let actor = Actor { name: "quota".into(), address: String::new() };
+        let actor = Actor { name: "system:quota".into(), address: String::new() };
         let change = Change::new("user.quota_spent", format!("{users:?}"));
         let edit = self.store.edit(actor).await?;
         edit.commit(change.users(users.iter().copied())).await

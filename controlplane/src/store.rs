@@ -38,9 +38,9 @@ pub struct Store {
 /// Who changes something, from where.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Actor {
-    /// A user's name, or a word for the command line.
+    /// A user's name, `cli:` and who ran the command line, or `system:` and the part; users' names have no colon.
     pub name: String,
-    /// The client's address; empty for the command line.
+    /// The client's address; empty if it is not known or there is none.
     pub address: String,
 }
 

@@ -12,7 +12,7 @@ use utoipa_axum::{router::OpenApiRouter, routes};
 use super::{
     App, Body, Caller, Problem, extract, is_active,
     problem::Result,
-    users::{UserView, edit_password},
+    users::{UserView, edit},
 };
 use crate::{
     auth::{RefreshToken, check_password, hash_password, verify_password},
@@ -232,7 +232,7 @@ async fn password(
     app.throttle.forgive(from.0, &caller.user.name);
     let hash = hash_password(change.new_password).await.ok_or_else(no_hash)?;
     let edit = app.store.edit(caller.actor()).await?;
-    let change = edit_password(edit.db(), caller.user.id, &hash).await?;
+    let change = edit::password(edit.db(), caller.user.id, &hash).await?;
     edit.commit(change).await?;
     Ok(StatusCode::NO_CONTENT)
 }
@@ -248,5 +248,5 @@ async fn me(
     axum::extract::State(app): axum::extract::State<App>,
     caller: Caller,
 ) -> Result<Json<UserView>> {
-    Ok(Json(UserView::load(&app, caller.user).await?))
+    Ok(Json(UserView::load(app.store.db(), caller.user).await?))
 }

@@ -2,7 +2,8 @@
 
 use axum::{Json, extract::State, http::StatusCode};
 use sea_orm::{
-    ActiveModelTrait, ColumnTrait, EntityTrait, IntoActiveModel, QueryFilter, QueryOrder, Set,
+    ActiveModelTrait, ColumnTrait, DatabaseTransaction, DbErr, EntityTrait, IntoActiveModel,
+    QueryFilter, QueryOrder, Set,
 };
 use serde::{Deserialize, Serialize};
 use utoipa::{IntoParams, ToSchema};
@@ -110,9 +111,8 @@ async fn enrol(
     super::users::check_name(&new.name)?;
     let issued = app.authority.node(&new.name).map_err(|_| Problem::no_key())?;
     let edit = app.store.edit(caller.actor()).await?;
-    let db = edit.db();
-    let row = new_node(&new.name, &issued.fingerprint).insert(db).await?;
-    edit.commit(Change::new("node.add", &new.name)).await?;
+    let (row, change) = add_node(edit.db(), &new.name, &issued.fingerprint).await?;
+    edit.commit(change).await?;
 
     Ok((StatusCode::CREATED, Json(Enrolled { node: view(row), identity: issued.pem })))
 }
@@ -126,27 +126,49 @@ async fn identity(
     Id(id): Id,
 ) -> Result<Json<Enrolled>> {
     let edit = app.store.edit(caller.actor()).await?;
-    let db = edit.db();
-    let row = node::Entity::find_by_id(id).one(db).await?;
+    let row = node::Entity::find_by_id(id).one(edit.db()).await?;
     let row = row.ok_or_else(|| Problem::missing("node"))?;
     if row.status != "active" {
         let detail = "the node was revoked; enrol one of another name";
         return Err(Problem::new(StatusCode::CONFLICT, detail));
     }
     let issued = app.authority.node(&row.name).map_err(|_| Problem::no_key())?;
-    let name = row.name.clone();
-    let mut row = row.into_active_model();
-    row.certificate = Set(issued.fingerprint);
-    let row = row.update(db).await?;
-    edit.commit(Change::new("node.identity", name)).await?;
+    let (row, change) = replace_identity(edit.db(), row, issued.fingerprint).await?;
+    edit.commit(change).await?;
 
     app.hub.look();
     Ok(Json(Enrolled { node: view(row), identity: issued.pem }))
 }
 
-/// A node that nobody has heard of yet.
-pub(crate) fn new_node(name: &str, certificate: &str) -> node::ActiveModel {
-    node::ActiveModel {
+/// Revoke a node: it gets nothing more, and is not listened to.
+#[utoipa::path(delete, path = "/proxy/nodes/{id}", tag = "proxy", params(("id" = String, Path)),
+    responses((status = 204), (status = 401, body = Problem), (status = 403, body = Problem), (status = 404, body = Problem), (status = 503, body = Problem)))]
+async fn revoke(State(app): State<App>, Admin(caller): Admin, Id(id): Id) -> Result<StatusCode> {
+    let edit = app.store.edit(caller.actor()).await?;
+    let row = node::Entity::find_by_id(id).one(edit.db()).await?;
+    let row = row.ok_or_else(|| Problem::missing("node"))?;
+    let change = revoke_node(edit.db(), row).await?;
+    edit.commit(change).await?;
+
+    app.hub.look();
+    Ok(StatusCode::NO_CONTENT)
+}
+
+/// What the audit log has of a node.
+fn audited(node: &node::Model) -> serde_json::Value {
+    serde_json::json!({ "name": node.name, "status": node.status, "certificate": node.certificate })
+}
+
+/// Enrols a node that nobody has heard of yet; one of the control plane's host has no certificate.
+///
+/// # Errors
+/// There is one of that name, or the database fails.
+pub(crate) async fn add_node(
+    db: &DatabaseTransaction,
+    name: &str,
+    certificate: &str,
+) -> std::result::Result<(node::Model, Change), DbErr> {
+    let row = node::ActiveModel {
         name: Set(name.to_owned()),
         status: Set("active".into()),
         boot: Set(0),
@@ -158,25 +180,42 @@ pub(crate) fn new_node(name: &str, certificate: &str) -> node::ActiveModel {
         seen_at: Set(None),
         created_at: Set(now()),
         ..Default::default()
-    }
+    };
+    let row = row.insert(db).await?;
+    let change = Change::new("node.add", name).new_value(&audited(&row));
+    Ok((row, change))
 }
 
-/// Revoke a node: it gets nothing more, and is not listened to.
-#[utoipa::path(delete, path = "/proxy/nodes/{id}", tag = "proxy", params(("id" = String, Path)),
-    responses((status = 204), (status = 401, body = Problem), (status = 403, body = Problem), (status = 404, body = Problem), (status = 503, body = Problem)))]
-async fn revoke(State(app): State<App>, Admin(caller): Admin, Id(id): Id) -> Result<StatusCode> {
-    let edit = app.store.edit(caller.actor()).await?;
-    let db = edit.db();
-    let row = node::Entity::find_by_id(id).one(db).await?;
-    let row = row.ok_or_else(|| Problem::missing("node"))?;
-    let name = row.name.clone();
-    let mut row = row.into_active_model();
-    row.status = Set("revoked".into());
-    row.update(db).await?;
-    edit.commit(Change::new("node.revoke", name)).await?;
+/// Lets a node prove itself by another certificate, and by that of before no more.
+///
+/// # Errors
+/// The database fails.
+pub(crate) async fn replace_identity(
+    db: &DatabaseTransaction,
+    old: node::Model,
+    certificate: String,
+) -> std::result::Result<(node::Model, Change), DbErr> {
+    let change = Change::new("node.identity", &old.name).old(&audited(&old));
+    let mut row = old.into_active_model();
+    row.certificate = Set(certificate);
+    let row = row.update(db).await?;
+    let change = change.new_value(&audited(&row));
+    Ok((row, change))
+}
 
-    app.hub.look();
-    Ok(StatusCode::NO_CONTENT)
+/// Gives a node nothing more, and listens to it no more.
+///
+/// # Errors
+/// The database fails.
+pub(crate) async fn revoke_node(
+    db: &DatabaseTransaction,
+    old: node::Model,
+) -> std::result::Result<Change, DbErr> {
+    let change = Change::new("node.revoke", &old.name).old(&audited(&old));
+    let mut row = old.into_active_model();
+    row.status = Set("revoked".into());
+    let row = row.update(db).await?;
+    Ok(change.new_value(&audited(&row)))
 }
 
 /// Let a node drain: it takes no more sessions, lets the others end, and exits.

@@ -1,16 +1,13 @@
 //! The second factor of the API's users.
 
 use axum::{Json, extract::State, http::StatusCode};
-use sea_orm::{
-    ActiveModelTrait, ColumnTrait, DatabaseTransaction, EntityTrait, IntoActiveModel, QueryFilter,
-    Set,
-};
+use sea_orm::{ColumnTrait, DatabaseTransaction, EntityTrait, IntoActiveModel, QueryFilter, Set};
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 use utoipa_axum::{router::OpenApiRouter, routes};
 
 use super::{
-    Admin, App, Body, Caller, Id, Problem, auth::throttle, extract, problem::Result, users::find,
+    Admin, App, Body, Caller, Id, Problem, auth::throttle, extract, problem::Result, users::edit,
 };
 use crate::{
     auth::{new_secret, step_of, text_of, verify_password},
@@ -73,15 +70,15 @@ async fn enrol(
     let secret = new_secret();
     let sealed = app.seal.seal(&purpose(caller.user.id), &secret).ok_or_else(Problem::no_key)?;
     let edit = app.store.edit(caller.actor()).await?;
-    let user = find(edit.db(), caller.user.id).await?;
+    let user = edit::find(edit.db(), caller.user.id).await?;
     if user.totp_secret.is_some() {
         let detail = "there is a second factor already; remove it first, with a code of it";
         return Err(Problem::new(StatusCode::CONFLICT, detail));
     }
-    let mut row = user.into_active_model();
+    let mut row = user.clone().into_active_model();
     row.totp_pending = Set(Some(sealed));
-    row.update(edit.db()).await?;
-    edit.commit(Change::new("auth.totp_enrol", &caller.user.name)).await?;
+    let (_, change) = edit::write(edit.db(), "auth.totp_enrol", user, row, None).await?;
+    edit.commit(change).await?;
     let secret = text_of(&secret);
     let name = percent(&caller.user.name);
     let uri = format!("otpauth://totp/Culvert:{name}?secret={secret}&issuer=Culvert");
@@ -101,17 +98,16 @@ async fn confirm(
     throttle(&app, &from, &caller.user.name)?;
     let edit = app.store.edit(caller.actor()).await?;
     let db = edit.db();
-    let user = find(db, caller.user.id).await?;
+    let user = edit::find(db, caller.user.id).await?;
     let pending = user.totp_pending.clone();
     let step = pending.as_deref().and_then(|sealed| step(&app, user.id, sealed, &body.code));
     let step = step.ok_or_else(wrong)?;
     app.throttle.forgive(from.0, &caller.user.name);
-    let (name, epoch) = (user.name.clone(), user.token_epoch);
-    let mut row = user.into_active_model();
-    row.token_epoch = Set(epoch + 1);
+    let mut row = user.clone().into_active_model();
+    row.token_epoch = Set(user.token_epoch + 1);
     (row.totp_secret, row.totp_pending, row.totp_step) = (Set(pending), Set(None), Set(step));
-    row.update(db).await?;
-    edit.commit(Change::new("auth.totp_confirm", name)).await?;
+    let (_, change) = edit::write(db, "auth.totp_confirm", user, row, None).await?;
+    edit.commit(change).await?;
 
     Ok(StatusCode::NO_CONTENT)
 }
@@ -152,12 +148,10 @@ async fn remove_of(State(app): State<App>, Admin(caller): Admin, Id(id): Id) -> 
 /// # Errors
 /// There is no such user, or the database fails.
 pub(crate) async fn take_away(db: &DatabaseTransaction, id: i64) -> Result<Change> {
-    let user = find(db, id).await?;
-    let name = user.name.clone();
-    let mut row = user.into_active_model();
+    let user = edit::find(db, id).await?;
+    let mut row = user.clone().into_active_model();
     (row.totp_secret, row.totp_pending) = (Set(None), Set(None));
-    row.update(db).await?;
-    Ok(Change::new("user.totp_remove", name))
+    Ok(edit::write(db, "user.totp_remove", user, row, None).await?.1)
 }
 
 fn wrong() -> Problem {

@@ -9,7 +9,7 @@ use utoipa_axum::{router::OpenApiRouter, routes};
 use super::{
     Admin, App, Caller, Id, Problem,
     problem::Result,
-    users::{find, own, time_text},
+    users::{edit::find, own, time_text},
 };
 use crate::{
     calendar::{Calendar, TOTAL},

@@ -1,11 +1,14 @@
 //! Users.
 
+mod csv;
+pub(crate) mod edit;
+
 use std::collections::HashMap;
 
-use axum::{Json, extract::State, http::StatusCode, response::Response};
+use axum::{Json, extract::State, http::StatusCode};
 use sea_orm::{
-    ActiveModelTrait, ColumnTrait, ConnectionTrait, DatabaseTransaction, EntityTrait,
-    IntoActiveModel, PaginatorTrait, QueryFilter, QueryOrder, QuerySelect, Set,
+    ColumnTrait, ConnectionTrait, EntityTrait, PaginatorTrait, QueryFilter, QueryOrder,
+    QuerySelect, Set,
 };
 use serde::{Deserialize, Deserializer, Serialize};
 use time::{OffsetDateTime, format_description::well_known::Rfc3339};
@@ -13,19 +16,12 @@ use utoipa::{IntoParams, ToSchema};
 use utoipa_axum::{router::OpenApiRouter, routes};
 
 use super::{
-    Admin, App, Body, Caller, Id, Page, Paging, Params, Problem,
-    auth::no_hash,
-    extract,
-    logs::{cell, csv_response},
+    Admin, App, Body, Caller, Id, Page, Paging, Params, Problem, auth::no_hash, extract,
     problem::Result,
 };
 use crate::{
     auth::{check_password, hash_password},
-    store::{
-        Change,
-        entity::{bandwidth_limit as limit, refresh, user},
-        now,
-    },
+    store::entity::{bandwidth_limit as limit, user},
 };
 
 pub(super) fn routes() -> OpenApiRouter<App> {
@@ -33,8 +29,7 @@ pub(super) fn routes() -> OpenApiRouter<App> {
         .routes(routes!(list, create))
         .routes(routes!(show, update, remove))
         .routes(routes!(password))
-        .routes(routes!(export))
-        .routes(routes!(import))
+        .merge(csv::routes())
 }
 
 /// Times of the API: RFC 3339.
@@ -56,7 +51,7 @@ pub(super) fn time_of(text: &str) -> Result<i64> {
 /// What a user may use; what is null is not limited, or follows the group or the default.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, ToSchema)]
 #[serde(default, deny_unknown_fields)]
-pub(super) struct UserLimits {
+pub(crate) struct UserLimits {
     /// Bytes a second to targets.
     #[schema(minimum = 1)]
     up: Option<i64>,
@@ -196,7 +191,7 @@ pub(super) fn name_of(value: &impl Serialize) -> String {
 
 /// A user.
 #[derive(Debug, Serialize, ToSchema)]
-pub(super) struct UserView {
+pub(crate) struct UserView {
     /// Number; never used again.
     id: String,
     /// Name.
@@ -258,8 +253,8 @@ impl UserView {
     }
 
     /// A user with the rates of its own.
-    pub(super) async fn load(app: &App, user: user::Model) -> Result<Self> {
-        let rates = rates_of(app.store.db(), &[user.id]).await?.remove(&user.id);
+    pub(super) async fn load(db: &impl ConnectionTrait, user: user::Model) -> Result<Self> {
+        let rates = rates_of(db, &[user.id]).await?.remove(&user.id);
         Ok(Self::new(user, rates))
     }
 }
@@ -402,57 +397,6 @@ fn json(value: &impl Serialize) -> String {
     serde_json::to_string(value).unwrap_or_default()
 }
 
-/// What the audit log has of a user.
-fn audited(user: &user::Model) -> serde_json::Value {
-    serde_json::json!({
-        "name": user.name, "role": user.role, "status": user.status, "proxy_access": user.proxy_access,
-        "expires_at": user.expires_at.map(time_text), "groups": user.groups, "sessions": user.sessions,
-        "new_sessions_per_second": user.new_sessions_per_second, "devices": user.devices,
-        "source_addresses": user.source_addresses, "egress_address": user.egress_address,
-        "quota_bytes": user.quota_bytes, "quota_period": user.quota_period, "comment": user.comment,
-    })
-}
-
-fn apply_limits(row: &mut user::ActiveModel, limits: &UserLimits) {
-    row.sessions = Set(limits.sessions);
-    row.new_sessions_per_second = Set(limits.new_sessions_per_second);
-    row.devices = Set(limits.devices);
-    let networks = limits.source_addresses.iter().filter_map(|text| network(text).ok());
-    let networks: Vec<String> = networks.map(|net| net.to_string()).collect();
-    row.source_addresses = Set(json(&networks));
-    row.egress_address = Set(limits.egress_address.clone());
-    row.quota_bytes = Set(limits.quota_bytes);
-    let period = limits.quota_bytes.and(limits.quota_period.or(Some(Period::Month)));
-    row.quota_period = Set(period.map(|period| period.name().to_owned()));
-}
-
-/// Writes a user's own rates to their table.
-async fn set_rates(
-    db: &DatabaseTransaction,
-    user: i64,
-    limits: &UserLimits,
-) -> std::result::Result<(), sea_orm::DbErr> {
-    limit::Entity::delete_many()
-        .filter(limit::Column::Kind.eq("user"))
-        .filter(limit::Column::Subject.eq(user.to_string()))
-        .exec(db)
-        .await?;
-    if limits.up.is_none() && limits.down.is_none() && limits.burst.is_none() {
-        return Ok(());
-    }
-    let row = limit::ActiveModel {
-        kind: Set("user".into()),
-        subject: Set(user.to_string()),
-        up: Set(limits.up),
-        down: Set(limits.down),
-        burst: Set(limits.burst),
-        updated_at: Set(now()),
-        ..Default::default()
-    };
-    limit::Entity::insert(row).exec_without_returning(db).await?;
-    Ok(())
-}
-
 /// Make a user, who may use the proxy at once.
 #[utoipa::path(post, path = "/users", tag = "users", request_body = NewUser,
     responses((status = 201, body = UserView), (status = 400, body = Problem), (status = 401, body = Problem), (status = 403, body = Problem),
@@ -470,8 +414,7 @@ async fn create(
     let expires_at = new.expires_at.as_deref().map(time_of).transpose()?;
     let hash = hash_password(new.password).await.ok_or_else(no_hash)?;
     let edit = app.store.edit(caller.actor()).await?;
-    let db = edit.db();
-    let mut row = user::ActiveModel {
+    let row = user::ActiveModel {
         status: Set(name_of(&new.status)),
         proxy_access: Set(new.proxy_access.unwrap_or(new.role == Role::User)),
         expires_at: Set(expires_at),
@@ -479,23 +422,10 @@ async fn create(
         comment: Set(new.comment.clone()),
         ..crate::app::new_user(&new.name, &hash, &name_of(&new.role))
     };
-    apply_limits(&mut row, &new.limits);
-    let user = row.insert(db).await.map_err(|error| match Problem::from(error) {
-        problem if problem.status == 409 => {
-            Problem::new(StatusCode::CONFLICT, "there is a user of that name")
-        }
-        problem => problem,
-    })?;
-    set_rates(db, user.id, &new.limits).await?;
-    let change = Change::new("user.create", &user.name);
-    let change = change.new_value(&audited(&user)).user(user.id);
+    let (user, change) = edit::create(edit.db(), row, Some(&new.limits)).await?;
     edit.commit(change).await?;
 
-    Ok((StatusCode::CREATED, Json(UserView::load(&app, user).await?)))
-}
-
-pub(super) async fn find(db: &impl ConnectionTrait, id: i64) -> Result<user::Model> {
-    user::Entity::find_by_id(id).one(db).await?.ok_or_else(|| Problem::missing("user"))
+    Ok((StatusCode::CREATED, Json(user)))
 }
 
 /// One user; others than admins see only themselves.
@@ -504,8 +434,8 @@ pub(super) async fn find(db: &impl ConnectionTrait, id: i64) -> Result<user::Mod
         (status = 404, body = Problem), (status = 503, body = Problem)))]
 async fn show(State(app): State<App>, caller: Caller, Id(id): Id) -> Result<Json<UserView>> {
     own(&caller, id)?;
-    let user = find(app.store.db(), id).await?;
-    Ok(Json(UserView::load(&app, user).await?))
+    let user = edit::find(app.store.db(), id).await?;
+    Ok(Json(UserView::load(app.store.db(), user).await?))
 }
 
 pub(super) fn own(caller: &Caller, id: i64) -> Result<()> {
@@ -557,73 +487,11 @@ async fn update(
     patch.groups.as_deref().map(check_groups).transpose()?;
     patch.comment.as_deref().map(check_comment).transpose()?;
     patch.limits.as_ref().map(UserLimits::check).transpose()?;
-    let expires_at = match &patch.expires_at {
-        Some(Some(text)) => Some(Some(time_of(text)?)),
-        Some(None) => Some(None),
-        None => None,
-    };
     let edit = app.store.edit(caller.actor()).await?;
-    let db = edit.db();
-    let old = find(db, id).await?;
-    let mut row = old.clone().into_active_model();
-    if let Some(role) = patch.role {
-        row.role = Set(name_of(&role));
-    }
-    // A token of before stands for what its user was.
-    if patch.role.is_some() || patch.status.is_some() {
-        row.token_epoch = Set(old.token_epoch + 1);
-    }
-    if let Some(status) = patch.status {
-        row.status = Set(name_of(&status));
-    }
-    if let Some(access) = patch.proxy_access {
-        row.proxy_access = Set(access);
-    }
-    if let Some(expires_at) = expires_at {
-        row.expires_at = Set(expires_at);
-    }
-    if let Some(groups) = &patch.groups {
-        row.groups = Set(json(groups));
-    }
-    if let Some(comment) = &patch.comment {
-        row.comment = Set(comment.clone());
-    }
-    if let Some(limits) = &patch.limits {
-        apply_limits(&mut row, limits);
-        set_rates(db, id, limits).await?;
-    }
-    row.updated_at = Set(now());
-    let user = row.update(db).await?;
-    if let Some(period) = user.quota_period.as_deref()
-        && user.quota_period != old.quota_period
-    {
-        crate::usage::begin(db, period, Some(id)).await?;
-    }
-    keep_an_admin(db).await?;
-    let change = Change::new("user.update", &user.name).old(&audited(&old));
-    let change = change.new_value(&audited(&user)).user(user.id);
+    let (user, change) = edit::update(edit.db(), id, &patch).await?;
     edit.commit(change).await?;
 
-    Ok(Json(UserView::load(&app, user).await?))
-}
-
-/// Somebody must be able to log in.
-async fn keep_an_admin(db: &DatabaseTransaction) -> Result<()> {
-    let admins = user::Entity::find()
-        .filter(user::Column::Role.eq("admin"))
-        .filter(user::Column::Status.eq("active"))
-        .filter(
-            sea_orm::Condition::any()
-                .add(user::Column::ExpiresAt.is_null())
-                .add(user::Column::ExpiresAt.gt(now())),
-        )
-        .count(db)
-        .await?;
-    if admins == 0 {
-        let detail = "this would leave no admin who can log in";
-        return Err(Problem::new(StatusCode::CONFLICT, detail));
-    }
-    Ok(())
+    Ok(Json(user))
 }
 
 /// Delete a user; live sessions end within a second.
@@ -632,13 +500,8 @@ async fn keep_an_admin(db: &DatabaseTransaction) -> Result<()> {
         (status = 409, body = Problem), (status = 503, body = Problem)))]
 async fn remove(State(app): State<App>, Admin(caller): Admin, Id(id): Id) -> Result<StatusCode> {
     let edit = app.store.edit(caller.actor()).await?;
-    let db = edit.db();
-    let old = find(db, id).await?;
-    user::Entity::delete_by_id(id).exec(db).await?;
-    set_rates(db, id, &UserLimits::default()).await?;
-    refresh::Entity::delete_many().filter(refresh::Column::UserId.eq(id)).exec(db).await?;
-    keep_an_admin(db).await?;
-    edit.commit(Change::new("user.delete", &old.name).old(&audited(&old)).user(id)).await?;
+    let change = edit::remove(edit.db(), id).await?;
+    edit.commit(change).await?;
 
     Ok(StatusCode::NO_CONTENT)
 }
@@ -665,172 +528,7 @@ async fn password(
     check_password(&new.password).map_err(Problem::invalid)?;
     let hash = hash_password(new.password).await.ok_or_else(no_hash)?;
     let edit = app.store.edit(caller.actor()).await?;
-    let change = edit_password(edit.db(), id, &hash).await?;
+    let change = edit::password(edit.db(), id, &hash).await?;
     edit.commit(change).await?;
     Ok(StatusCode::NO_CONTENT)
-}
-
-/// Puts another hash in place; tokens of before are void.
-pub(crate) async fn edit_password(db: &DatabaseTransaction, id: i64, hash: &str) -> Result<Change> {
-    let old = find(db, id).await?;
-    let mut row = old.clone().into_active_model();
-    row.password_hash = Set(hash.to_owned());
-    row.token_epoch = Set(old.token_epoch + 1);
-    row.updated_at = Set(now());
-    row.update(db).await?;
-    refresh::Entity::delete_many().filter(refresh::Column::UserId.eq(id)).exec(db).await?;
-    Ok(Change::new("user.password", &old.name).user(id))
-}
-
-/// Rows of one part of an export.
-const PART: u64 = 1000;
-/// Users of one import: each password takes a hash of about 50 ms.
-const IMPORT_MAX: usize = 1000;
-
-/// All users as CSV, streamed; without passwords.
-#[utoipa::path(get, path = "/users/export.csv", tag = "users",
-    responses((status = 200, body = String, content_type = "text/csv"), (status = 401, body = Problem), (status = 403, body = Problem), (status = 503, body = Problem)))]
-async fn export(State(app): State<App>, _: Admin) -> Result<Response> {
-    let head =
-        "id,name,role,status,proxy_access,expires_at,groups,quota_bytes,quota_period,comment\n";
-    let part = move |after: i64| {
-        let app = app.clone();
-        async move {
-            let part = user::Entity::find().filter(user::Column::Id.gt(after));
-            let rows = part.order_by_asc(user::Column::Id).limit(PART).all(app.store.db()).await?;
-            let Some(last) = rows.last().map(|user| user.id) else { return Ok(None) };
-            let mut writer = csv::Writer::from_writer(Vec::new());
-            for user in rows {
-                let groups: Vec<String> = serde_json::from_str(&user.groups).unwrap_or_default();
-                let number = |number: Option<i64>| number.map_or(String::new(), |n| n.to_string());
-                let _ = writer.write_record([
-                    user.id.to_string(),
-                    cell(&user.name),
-                    user.role,
-                    user.status,
-                    user.proxy_access.to_string(),
-                    user.expires_at.map_or(String::new(), time_text),
-                    cell(&groups.join(" ")),
-                    number(user.quota_bytes),
-                    user.quota_period.unwrap_or_default(),
-                    cell(&user.comment),
-                ]);
-            }
-            Ok(Some((last, writer.into_inner().unwrap_or_default())))
-        }
-    };
-    Ok(csv_response("users.csv", head, part))
-}
-
-/// What an import did.
-#[derive(Debug, Serialize, ToSchema)]
-struct Imported {
-    /// Users that were made.
-    created: usize,
-}
-
-/// Many users at once: CSV with a head, of which `name` and `password` are needed and `groups` (separated by
-/// spaces), `expires_at`, `quota_bytes`, `quota_period` and `comment` are known. All or none are made.
-#[utoipa::path(post, path = "/users/import", tag = "users", request_body(content = String, content_type = "text/csv"),
-    responses((status = 201, body = Imported), (status = 400, body = Problem), (status = 401, body = Problem), (status = 403, body = Problem), (status = 409, body = Problem),
-        (status = 413, body = Problem), (status = 415, body = Problem), (status = 422, body = Problem), (status = 503, body = Problem)))]
-async fn import(
-    State(app): State<App>,
-    Admin(caller): Admin,
-    headers: axum::http::HeaderMap,
-    text: std::result::Result<String, axum::extract::rejection::StringRejection>,
-) -> Result<(StatusCode, Json<Imported>)> {
-    let kind = headers.get(axum::http::header::CONTENT_TYPE).and_then(|kind| kind.to_str().ok());
-    if !kind.is_some_and(|kind| kind.starts_with("text/csv")) {
-        let detail = "send it as text/csv";
-        return Err(Problem::new(StatusCode::UNSUPPORTED_MEDIA_TYPE, detail));
-    }
-    let text = text.map_err(|error| Problem::new(error.status(), error.body_text()))?;
-    let rows = parse_import(&text)?;
-    let mut hashed = Vec::with_capacity(rows.len());
-    for row in rows {
-        let hash = hash_password(row.password.clone()).await.ok_or_else(no_hash)?;
-        hashed.push((row, hash));
-    }
-    let edit = app.store.edit(caller.actor()).await?;
-    let mut ids = Vec::with_capacity(hashed.len());
-    for (row, hash) in &hashed {
-        let mut new = crate::app::new_user(&row.name, hash, "user");
-        new.groups = Set(json(&row.groups));
-        new.expires_at = Set(row.expires_at);
-        new.comment = Set(row.comment.clone());
-        apply_limits(&mut new, &row.limits);
-        let made = new.insert(edit.db()).await.map_err(|error| match Problem::from(error) {
-            problem if problem.status == 409 => Problem::new(
-                StatusCode::CONFLICT,
-                format!("there is a user `{}`; nothing was imported", row.name),
-            ),
-            problem => problem,
-        })?;
-        ids.push(made.id);
-    }
-    let created = ids.len();
-    let names: Vec<&str> = hashed.iter().map(|(row, _)| row.name.as_str()).collect();
-    let change = Change::new("user.import", format!("{created} users")).new_value(&names);
-    edit.commit(change.users(ids)).await?;
-    Ok((StatusCode::CREATED, Json(Imported { created })))
-}
-
-/// One line of an import.
-struct ImportRow {
-    name: String,
-    password: String,
-    groups: Vec<String>,
-    expires_at: Option<i64>,
-    limits: UserLimits,
-    comment: String,
-}
-
-fn parse_import(text: &str) -> Result<Vec<ImportRow>> {
-    let mut reader = csv::Reader::from_reader(text.as_bytes());
-    let bad = |line: u64, detail: String| Problem::invalid(format!("line {line}: {detail}"));
-    let head = reader.headers().map_err(|error| bad(1, error.to_string()))?.clone();
-    let known =
-        ["name", "password", "groups", "expires_at", "quota_bytes", "quota_period", "comment"];
-    if let Some(column) = head.iter().find(|column| !known.contains(column)) {
-        return Err(bad(1, format!("unknown column `{column}`; known are {}", known.join(", "))));
-    }
-    let mut rows = Vec::new();
-    for record in reader.records() {
-        let record = record.map_err(|error| Problem::invalid(error.to_string()))?;
-        let line = record.position().map_or(0, csv::Position::line);
-        let get = |name: &str| {
-            let at = head.iter().position(|column| column == name);
-            at.and_then(|at| record.get(at)).unwrap_or("").to_owned()
-        };
-        let (name, password, comment) = (get("name"), get("password"), get("comment"));
-        let groups: Vec<String> = get("groups").split_whitespace().map(str::to_owned).collect();
-        let checked = check_name(&name)
-            .and_then(|()| check_password(&password).map_err(Problem::invalid))
-            .and_then(|()| check_groups(&groups))
-            .and_then(|()| check_comment(&comment));
-        checked.map_err(|problem| bad(line, problem.detail))?;
-        let expires_at = Some(get("expires_at")).filter(|text| !text.is_empty());
-        let expires_at = expires_at.map(|text| time_of(&text)).transpose();
-        let quota = get("quota_bytes");
-        let period = get("quota_period");
-        let limits = UserLimits {
-            quota_bytes: match quota.as_str() {
-                "" => None,
-                text => Some(text.parse().map_err(|_| bad(line, "quota_bytes".into()))?),
-            },
-            quota_period: match period.as_str() {
-                "" => None,
-                text => Some(Period::of(text).ok_or_else(|| bad(line, "quota_period".into()))?),
-            },
-            ..UserLimits::default()
-        };
-        limits.check().map_err(|problem| bad(line, problem.detail))?;
-        let expires_at = expires_at.map_err(|problem| bad(line, problem.detail))?;
-        rows.push(ImportRow { name, password, groups, expires_at, limits, comment });
-        if rows.len() > IMPORT_MAX {
-            return Err(Problem::invalid(format!("at most {IMPORT_MAX} users at once")));
-        }
-    }
-    Ok(rows)
 }

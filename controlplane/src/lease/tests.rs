@@ -88,8 +88,11 @@ impl Fleet {
             let boot = match number {
                 1 => (fleet.nodes[0].boot.0, 8),
                 _ => {
-                    let row = http::new_node(&format!("node {number}"), "");
-                    (row.insert(fleet.store.db()).await.unwrap().id, 7)
+                    let transaction = fleet.store.db().begin().await.unwrap();
+                    let name = format!("node {number}");
+                    let (row, _) = http::add_node(&transaction, &name, "").await.unwrap();
+                    transaction.commit().await.unwrap();
+                    (row.id, 7)
                 }
             };
             let row = boots::ActiveModel {

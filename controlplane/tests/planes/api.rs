@@ -260,6 +260,59 @@ fn every_change_is_in_the_audit_log() {
 }
 
 #[test]
+fn the_audit_log_has_what_was_and_what_is() {
+    on_each(|planes| {
+        // The last change of an action: who, and the values of a key before and after.
+        let last = |action: &str, key: &str| {
+            let log = planes.must("GET", &format!("/logs/audit?action={action}"), Value::Null);
+            let line = log["items"][0].clone();
+            (
+                line["actor"].clone(),
+                line["old"].pointer(key).cloned(),
+                line["new"].pointer(key).cloned(),
+            )
+        };
+        let by = |actor: &str, old: Value, new: Value| (json!(actor), Some(old), Some(new));
+
+        // Rates are in a table of their own.
+        let id = planes.user("ann", json!({ "limits": { "down": 1000 } }));
+        assert_eq!(last("user.create", "/limits/down"), (json!("admin"), None, Some(json!(1000))));
+        let path = format!("/users/{id}");
+        planes.must("PATCH", &path, json!({ "limits": { "down": 2000 } }));
+        assert_eq!(last("user.update", "/limits/down"), by("admin", json!(1000), json!(2000)));
+        planes.must("DELETE", &path, Value::Null);
+        assert_eq!(last("user.delete", "/limits/down"), (json!("admin"), Some(json!(2000)), None));
+        let csv = "name,password,quota_bytes\nbea,long enough,77\n";
+        assert_eq!(planes.import("/api/v1/users/import", csv).0, 201);
+        assert_eq!(last("user.import", "/value/0/limits/quota_bytes").2, Some(json!(77)));
+
+        let run = |words: &[&str], input: &str| {
+            let (done, told) = planes.command(words, input);
+            assert!(done, "{words:?}: {told}");
+        };
+        run(&["user", "add", "carl"], "a long password");
+        let (actor, old, new) = last("user.create", "/name");
+        assert!(actor.as_str().unwrap().starts_with("cli:"), "{actor}");
+        assert_eq!((old, new), (None, Some(json!("carl"))));
+        run(&["user", "disable", "carl"], "");
+        let actor = actor.as_str().unwrap();
+        assert_eq!(last("user.update", "/status"), by(actor, json!("active"), json!("disabled")));
+        run(&["node", "add", "east"], "");
+        let (_, _, first) = last("node.add", "/certificate");
+        run(&["node", "identity", "east"], "");
+        let (_, old, second) = last("node.identity", "/certificate");
+        assert_eq!(old, first);
+        assert_ne!(second, first);
+        run(&["node", "revoke", "east"], "");
+        assert_eq!(last("node.revoke", "/status"), by(actor, json!("active"), json!("revoked")));
+
+        // An admin who is the only one stays, by the command line too.
+        let (done, told) = planes.command(&["user", "disable", "admin"], "");
+        assert!(!done && told.contains("no admin"), "{told}");
+    });
+}
+
+#[test]
 fn the_committed_description_is_the_codes() {
     let path = concat!(env!("CARGO_MANIFEST_DIR"), "/openapi.json");
     let committed = std::fs::read_to_string(path).unwrap();
