@@ -9,7 +9,7 @@ use std::{
     path::{Path, PathBuf},
     sync::{
         Arc, Mutex,
-        atomic::{AtomicUsize, Ordering::Relaxed},
+        atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed},
     },
     time::Duration,
 };
@@ -67,6 +67,17 @@ pub struct Hub {
     /// Questions that any node may answer, and the way back.
     questions: Mutex<VecDeque<Question>>,
     asked: Notify,
+    /// What nodes have said here, since the start.
+    pub counts: Counts,
+}
+
+/// What nodes have said.
+#[derive(Debug, Default)]
+pub struct Counts {
+    /// Reports that were applied.
+    pub reports: AtomicU64,
+    /// Records that were stored, those that had been before among them.
+    pub records: AtomicU64,
 }
 
 struct Question {
@@ -95,6 +106,7 @@ impl Hub {
             connected: AtomicUsize::new(0),
             questions: Mutex::default(),
             asked: Notify::new(),
+            counts: Counts::default(),
         })
     }
 
@@ -299,6 +311,8 @@ impl Hub {
             uncertain: Set(0),
             ended: Set(false),
             seen_at: Set(now()),
+            // What was asked before it began is none of its business.
+            command: Set(self.last_command().await?),
         };
         let over = OnConflict::columns([boot::Column::NodeId, boot::Column::Boot])
             .update_column(boot::Column::SeenAt)
@@ -307,7 +321,9 @@ impl Hub {
             .on_conflict(over)
             .exec_without_returning(self.store.db())
             .await?;
-        Ok(Node { row, shown, taken_back: HashSet::new() })
+        let begun = boot::Entity::find_by_id((row.id, row.boot)).one(self.store.db()).await?;
+        let command = begun.map_or(0, |boot| boot.command);
+        Ok(Node { row, shown, command, taken_back: HashSet::new() })
     }
 
     async fn enrol(&self, name: &str) -> Result<node::Model, Gone> {
@@ -324,7 +340,6 @@ impl Hub {
         let mut looked = self.look.subscribe();
         let mut known = node.row.generation.cast_unsigned();
         let (mut asked, mut questions) = (0, HashMap::new());
-        let mut last_command = self.last_command().await?;
         let mut heard = Instant::now();
         let mut trimmed = false;
         let mut due = Some(Instant::now());
@@ -371,12 +386,12 @@ impl Hub {
                     let lowered = lease::trim(&self.store, node.key(), users).await?;
                     self.take_back(peer, node, lowered).await?;
                 }
-                _ = looked.changed() => { last_command = self.command(peer, node, last_command).await?; }
+                _ = looked.changed() => self.command(peer, node).await?,
                 _ = look.tick() => {
                     if heard.elapsed() > SILENT {
                         return Err(Gone::Refused("silent for 20 s".into()));
                     }
-                    last_command = self.command(peer, node, last_command).await?;
+                    self.command(peer, node).await?;
                 }
             }
         }
@@ -438,11 +453,13 @@ impl Hub {
                 if !spent.is_empty() {
                     self.spent(&spent).await?;
                 }
+                self.counts.reports.fetch_add(1, Relaxed);
                 let ack = link::ReportAck { boot: report.boot, sequence: report.sequence };
                 peer.send(down::Body::ReportAck(ack)).await?;
             }
             up::Body::Records(records) => {
                 let sequence = usage::store_records(&self.store, node.row.id, &records).await?;
+                self.counts.records.fetch_add(records.records.len() as u64, Relaxed);
                 let ack = link::RecordAck { boot: records.boot, sequence };
                 peer.send(down::Body::RecordAck(ack)).await?;
             }
@@ -552,20 +569,20 @@ impl Hub {
         Ok(last.await?.map_or(0, |row| row.id))
     }
 
-    /// Passes on what is asked of a node since the last time.
-    async fn command(&self, peer: &mut Peer, node: &mut Node, last: i64) -> Result<i64, Gone> {
+    /// Passes on what is asked of a node since the last time, on this connection or on one before.
+    async fn command(&self, peer: &mut Peer, node: &mut Node) -> Result<(), Gone> {
         let rows = asked::Entity::find()
-            .filter(asked::Column::Id.gt(last))
+            .filter(asked::Column::Id.gt(node.command))
             .filter(asked::Column::NodeId.is_in([0, node.row.id]))
             .filter(asked::Column::Boot.is_in([0, node.row.boot]))
             .order_by_asc(asked::Column::Id)
             .all(self.store.db())
             .await;
         // The database may be away for a moment; commands wait.
-        let Ok(rows) = rows else { return Ok(last) };
-        let mut last = last;
+        let Ok(rows) = rows else { return Ok(()) };
+        let told = node.command;
         for row in rows {
-            last = row.id;
+            node.command = row.id;
             let argument = row.argument.cast_unsigned();
             let kind = match Command::of(&row) {
                 Some(Command::EndSession) => command::Kind::EndSession(argument),
@@ -581,6 +598,16 @@ impl Hub {
             };
             peer.send(down::Body::Command(link::Command { kind: Some(kind) })).await?;
         }
+        if node.command != told {
+            let (id, boot) = node.key();
+            // If the database is away again, the next one takes note of this one too.
+            let _ = boot::Entity::update_many()
+                .col_expr(boot::Column::Command, node.command.into())
+                .filter(boot::Column::NodeId.eq(id))
+                .filter(boot::Column::Boot.eq(boot))
+                .exec(self.store.db())
+                .await;
+        }
         let status = node::Entity::find_by_id(node.row.id).one(self.store.db()).await;
         if let Ok(Some(row)) = status {
             if row.status != "active" {
@@ -590,7 +617,7 @@ impl Hub {
                 return Err(Gone::Refused("its identity was replaced".into()));
             }
         }
-        Ok(last)
+        Ok(())
     }
 
     async fn disconnected(&self, node: &Node) -> Result<(), DbErr> {
@@ -645,6 +672,8 @@ struct Node {
     row: node::Model,
     /// The fingerprint of the certificate it has shown; `None` on this host's socket.
     shown: Option<String>,
+    /// The last command that this boot was told.
+    command: i64,
     /// Users of whose leases some was taken back, until it has told what it still holds.
     taken_back: HashSet<u64>,
 }

@@ -1,6 +1,6 @@
 //! What users have moved: quota periods, and reports applied exactly once.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 
 use culvert_api::link;
 use sea_orm::{
@@ -91,8 +91,8 @@ async fn apply_once(
         _ => "ON CONFLICT (node_id, boot) DO UPDATE SET uncertain = uncertain",
     };
     let sql = format!(
-        "INSERT INTO boots (node_id, boot, sequence, uncertain, ended, seen_at) \
-         VALUES ({node}, {}, -1, 0, FALSE, {}) {over}",
+        "INSERT INTO boots (node_id, boot, sequence, uncertain, ended, seen_at, command) \
+         VALUES ({node}, {}, -1, 0, FALSE, {}, 0) {over}",
         key.1,
         now()
     );
@@ -212,8 +212,9 @@ async fn add<const N: usize>(
 /// The database failed; nothing was stored then.
 pub async fn store_records(store: &Store, node: i64, said: &link::Records) -> Result<u64, DbErr> {
     let boot = said.boot.cast_signed();
-    let rows: Vec<access_log::ActiveModel> =
+    let mut rows: Vec<access_log::ActiveModel> =
         said.records.iter().filter_map(|record| row_of(node, boot, record)).collect();
+    name_users(store, &mut rows).await?;
     let key = [access_log::Column::NodeId, access_log::Column::Boot, access_log::Column::Sequence];
     for part in rows.chunks(ROWS) {
         // Each part by itself: what is there already is passed over when they come again.
@@ -225,6 +226,27 @@ pub async fn store_records(store: &Store, node: i64, said: &link::Records) -> Re
         retry(insert).await?;
     }
     Ok(said.records.iter().map(|record| record.sequence).max().unwrap_or(0))
+}
+
+/// The record of a session that was cut by the end of its node says whose it was by number only.
+async fn name_users(store: &Store, rows: &mut [access_log::ActiveModel]) -> Result<(), DbErr> {
+    let unnamed = |row: &access_log::ActiveModel| {
+        let id = *row.user_id.as_ref();
+        (id > 0 && row.user_name.as_ref().is_empty()).then_some(id)
+    };
+    let ids: BTreeSet<i64> = rows.iter().filter_map(unnamed).collect();
+    let ids: Vec<i64> = ids.into_iter().collect();
+    for part in ids.chunks(ROWS) {
+        let found = user::Entity::find().filter(user::Column::Id.is_in(part.iter().copied()));
+        let names: HashMap<i64, String> =
+            found.all(store.db()).await?.into_iter().map(|user| (user.id, user.name)).collect();
+        for row in rows.iter_mut() {
+            if let Some(name) = unnamed(row).and_then(|id| names.get(&id)) {
+                row.user_name = Set(name.clone());
+            }
+        }
+    }
+    Ok(())
 }
 
 fn row_of(node: i64, boot: i64, record: &link::Record) -> Option<access_log::ActiveModel> {

@@ -10,6 +10,7 @@
 mod lease;
 #[allow(unsafe_code)]
 mod map;
+mod owed;
 mod recover;
 
 use std::{
@@ -22,11 +23,13 @@ use std::{
     },
 };
 
+use crossbeam::queue::SegQueue;
 use lease::Told;
 pub use lease::{Lease, Reserved, Wanted};
 pub use map::{Map, Region, path};
 use map::{Slot, State};
-pub use recover::{Recovered, recover};
+pub use owed::Owed;
+pub use recover::{Recovered, Unrecorded, recover};
 
 use crate::telemetry::WorkerCounters;
 
@@ -62,6 +65,8 @@ pub struct Ledger {
     /// Slots that were used and are free again; those from `unused` on never were.
     free: RefCell<Vec<u32>>,
     unused: Cell<u32>,
+    /// Those whose record was written since, by the log's thread.
+    written: Arc<SegQueue<u32>>,
     /// Which total is whose.
     index: RefCell<HashMap<u64, u32, ahash::RandomState>>,
     /// What each total and its running sessions come to, kept as it grows: telling costs nothing that
@@ -91,6 +96,7 @@ impl Ledger {
             region,
             free: RefCell::default(),
             unused: Cell::new(0),
+            written: Arc::default(),
             index: RefCell::default(),
             sums: RefCell::default(),
         })
@@ -98,14 +104,19 @@ impl Ledger {
 
     /// Opens a slot for a session, nobody's at first; `None` when all are in use.
     pub fn open(self: &Rc<Self>) -> Option<Meter> {
-        let index = self.free.borrow_mut().pop().or_else(|| {
+        let index = Cell::new(self.slot()?);
+        Some(Meter { ledger: self.clone(), index, user: Cell::new(None), settled: Cell::default() })
+    }
+
+    fn slot(&self) -> Option<u32> {
+        let free = self.free.borrow_mut().pop();
+        free.or_else(|| self.written.pop()).or_else(|| {
             let unused = self.unused.get();
             ((unused as usize) < self.region.slots().len()).then(|| {
                 self.unused.set(unused + 1);
                 unused
             })
-        })?;
-        Some(Meter { ledger: self.clone(), index, user: Cell::new(None), settled: Cell::default() })
+        })
     }
 
     /// The total of a user; `None` when there is no room for another.
@@ -147,10 +158,10 @@ impl Ledger {
     }
 }
 
-/// The writer of one slot; frees it when dropped.
+/// The writer of one slot at a time; frees it when dropped.
 pub struct Meter {
     ledger: Rc<Ledger>,
-    index: u32,
+    index: Cell<u32>,
     /// Whose bytes are counted, and in which total; `None` is nobody.
     user: Cell<Option<(u64, u32)>>,
     /// What was added to totals already, or was nobody's.
@@ -159,7 +170,7 @@ pub struct Meter {
 
 impl Meter {
     fn slot(&self) -> &Slot {
-        &self.ledger.region.slots()[self.index as usize]
+        &self.ledger.region.slots()[self.index.get() as usize]
     }
 
     /// Bytes moved from now on are those of a lease's user, or nobody's. `false` when there is no room
@@ -181,6 +192,12 @@ impl Meter {
     /// Adds what was done to the user's total, and leaves the slot free. Each step is safe to be taken
     /// again by recovery.
     fn settle(&self) {
+        self.close();
+        self.slot().clear();
+    }
+
+    /// Adds what was done to the user's total; the slot is to be freed, or owed.
+    fn close(&self) {
         let (slot, done) = (self.slot(), self.slot().done());
         if let Some((_, index)) = self.user.get() {
             let total = &self.ledger.region.totals()[index as usize];
@@ -190,7 +207,20 @@ impl Meter {
         }
         let settled = self.settled.get();
         self.settled.set([settled[0] + done[0], settled[1] + done[1]]);
-        slot.clear();
+    }
+
+    /// What was done since the last time goes into a record: until that is written, recovery finds it
+    /// here. Goes on in another slot. `None` if it is nobody's, or there is no other slot.
+    pub fn record(&self) -> Option<Owed> {
+        let (_, total) = self.user.get()?;
+        let next = self.ledger.slot()?;
+        self.close();
+        self.slot().set(State::Owed(total));
+        let owed =
+            Owed::new(self.ledger.region.clone(), self.index.get(), self.ledger.written.clone());
+        self.index.set(next);
+        self.slot().set(State::Resumed(total));
+        Some(owed)
     }
 
     /// Says that a call is about to move up to `bytes`.
@@ -227,7 +257,7 @@ impl Meter {
 impl Drop for Meter {
     fn drop(&mut self) {
         self.settle();
-        self.ledger.free.borrow_mut().push(self.index);
+        self.ledger.free.borrow_mut().push(self.index.get());
     }
 }
 

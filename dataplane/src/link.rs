@@ -13,7 +13,7 @@ use std::{
         Arc, Mutex,
         atomic::{AtomicBool, AtomicU64, Ordering::Relaxed},
     },
-    time::Duration,
+    time::{Duration, SystemTime},
 };
 
 use culvert_api::{
@@ -33,7 +33,7 @@ use copy::{Change, Copy};
 
 use crate::{
     config::Control,
-    ledger::{Bytes, Lease, Recovered, recover},
+    ledger::{Bytes, Lease, Recovered, Unrecorded, recover},
     log::Spool,
     node::{Node, beside_the_workers},
     policy::clock,
@@ -85,8 +85,10 @@ pub struct Follower {
     left: Mutex<(Vec<Spool>, Vec<Recovered>)>,
     sums: Mutex<Sums>,
     leases: Mutex<Leases>,
-    /// Whether the control plane has taken this node since that was last asked.
+    /// Whether the control plane has taken this node.
     welcomed: AtomicBool,
+    /// When the copy was last known to be what the control plane has; now, while that has taken this node.
+    current: Mutex<SystemTime>,
     ending: Notify,
     ledger: PathBuf,
     /// The control plane's generation in force; 0 is none.
@@ -193,6 +195,7 @@ impl Follower {
             );
         }
         let copy = Copy::open(dir).map_err(failed)?;
+        let copy_of = copy.written().unwrap_or_else(SystemTime::now);
         Ok(Self {
             way: Way { control: control.clone(), connector },
             name: name.to_owned(),
@@ -204,9 +207,16 @@ impl Follower {
             sums: Mutex::default(),
             leases: Mutex::default(),
             welcomed: AtomicBool::new(false),
+            current: Mutex::new(copy_of),
             ending: Notify::new(),
             ledger: crate::ledger::path(dir, boot),
         })
+    }
+
+    /// How long ago the policy was last known to be what the control plane has; `None` while it is known.
+    pub fn stale(&self) -> Option<Duration> {
+        let since = || lock(&self.current).elapsed().unwrap_or_default();
+        (!self.welcomed.load(Relaxed)).then(since)
     }
 
     /// The policy of the copy, if there is one.
@@ -232,6 +242,7 @@ impl Follower {
         let mut told = String::new();
         let mut away = Instant::now();
         loop {
+            let began = Instant::now();
             let gone = match self.way.connect().await {
                 Ok(mut peer) => Box::pin(self.follow(&node, &mut peer)).await,
                 Err(error) => Err(Gone::Link(error.into())),
@@ -241,7 +252,12 @@ impl Follower {
                 Err(gone) => {
                     // Who is refused, or away for long, holds nothing that others might get.
                     if self.welcomed.swap(false, Relaxed) {
-                        (pause, told, away) = (PAUSE.0, String::new(), Instant::now());
+                        *lock(&self.current) = SystemTime::now();
+                        away = Instant::now();
+                        // One that is ended as soon as it is there is not asked faster and faster.
+                        if began.elapsed() > PAUSE.1 {
+                            (pause, told) = (PAUSE.0, String::new());
+                        }
                     }
                     if matches!(gone, Gone::Refused(_)) || away.elapsed() > LEASES_KEPT {
                         self.give_up();
@@ -694,20 +710,19 @@ fn report_of(found: &Recovered) -> link::Report {
     }
 }
 
-/// Records of sessions that were cut by the end of a boot. Their numbers are the same each time, so that
+/// Records of sessions that were cut by the end of a boot, or whose record was not written before it. Their numbers are the same each time, so that
 /// none is there twice.
 fn crashed(found: &Recovered) -> Vec<link::Record> {
     let time = time::OffsetDateTime::now_utc();
     let time = time.format(&time::format_description::well_known::Rfc3339).unwrap_or_default();
-    let record = |(number, (user, bytes)): (u64, &(u64, Bytes))| {
+    let record = |(number, cut): (u64, &Unrecorded)| {
+        let end = if cut.ran { "crash" } else { "unrecorded" };
         let json = serde_json::json!({
-            "time": time, "bytes_up": bytes[0], "bytes_down": bytes[1], "end": "crash",
+            "time": time, "bytes_up": cut.bytes[0], "bytes_down": cut.bytes[1], "end": end,
         });
-        link::Record {
-            sequence: CRASHED + number,
-            json: json.to_string().into_bytes(),
-            user: *user,
-        }
+        // One that was written after all is known there by its number.
+        let sequence = if cut.sequence > 0 { cut.sequence } else { CRASHED + number };
+        link::Record { sequence, json: json.to_string().into_bytes(), user: cut.user }
     };
     (0..).zip(&found.sessions).map(record).collect()
 }

@@ -92,7 +92,7 @@ pub struct Node {
     /// As they are in the file now.
     present: Mutex<Settings>,
     /// What follows the control plane.
-    follower: Option<Arc<Follower>>,
+    pub(crate) follower: Option<Arc<Follower>>,
     /// The addresses as configured, where port 0 is still 0.
     binds: Vec<SocketAddr>,
     /// When sessions were last judged, and when the next user of that snapshot expires, in seconds since 1970.
@@ -200,12 +200,12 @@ impl Node {
             }
         };
         drop(kept);
-        let map = Map::new(dir, boot, config.workers, sessions_max(None) + SLOTS_SPARE).map_err(
-            |error| {
-                let what = dir.map_or("memory".into(), |dir| dir.display().to_string());
-                anyhow::anyhow!("{what}: no room for the ledger: {error}")
-            },
-        )?;
+        // Sessions of all kinds, and records that are not written yet.
+        let slots = sessions_max(None) + SLOTS_SPARE + RECORDS;
+        let map = Map::new(dir, boot, config.workers, slots).map_err(|error| {
+            let what = dir.map_or("memory".into(), |dir| dir.display().to_string());
+            anyhow::anyhow!("{what}: no room for the ledger: {error}")
+        })?;
         let places = NodePlaces::new(sessions_max(config.sessions));
         let everyone = Arc::new(UserUse::new(UserId(0)));
         everyone.apply(&config.settings.node);

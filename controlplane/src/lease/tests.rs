@@ -101,6 +101,7 @@ impl Fleet {
                 sequence: Set(-1),
                 uncertain: Set(0),
                 ended: Set(false),
+                command: Set(0),
                 seen_at: Set(now()),
             };
             boots::Entity::insert(row).exec_without_returning(fleet.store.db()).await.unwrap();

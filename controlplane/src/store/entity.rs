@@ -92,7 +92,7 @@ table!(
 table!(
     /// Boots of nodes, and what was applied of their reports.
     boot = "boots", false: node_id: i64, boot: i64;
-    sequence: i64, uncertain: i64, ended: bool, seen_at: i64
+    sequence: i64, uncertain: i64, ended: bool, seen_at: i64, command: i64
 );
 table!(
     /// The sums of a boot, as last reported.

@@ -231,6 +231,8 @@ fn tables() -> Vec<TableCreateStatement> {
                 ("uncertain", Number),
                 ("ended", Flag),
                 ("seen_at", Number),
+                // The last command that it was told.
+                ("command", Number),
             ],
             &["node_id", "boot"],
         ),

@@ -159,6 +159,41 @@ fn two_control_planes_of_one_database_are_one() {
     });
 }
 
+/// What is asked of a node that is away for a moment reaches it when it is back.
+#[test]
+fn a_kick_waits_for_a_node_that_reconnects() {
+    on_each(|mut planes| {
+        let (node, target) = (planes.node("edge"), echo());
+        let id = planes.user("ann", json!({}));
+        let mut stream = await_some("tunnel", || node.tunnel("ann", target).ok());
+        let list = |planes: &Planes| {
+            let list = planes.must("GET", &format!("/online?user_id={id}"), Value::Null);
+            (list["total"] == 1).then_some(())
+        };
+        await_some("session", || list(&planes));
+        node.program.signal("STOP");
+        planes.control.kill();
+        planes.restart_control();
+        planes.must("DELETE", &format!("/online/users/{id}"), Value::Null);
+        node.program.signal("CONT");
+        await_cut(&mut stream);
+        // It is told once: what begins later stays.
+        let mut later = await_some("tunnel", || node.tunnel("ann", target).ok());
+        planes.control.kill();
+        planes.restart_control();
+        await_some("node", || {
+            let health = planes.must("GET", "/proxy/health", Value::Null);
+            (health["online"] == 1).then_some(())
+        });
+        planes.must("PATCH", &format!("/users/{id}"), json!({ "comment": "followed" }));
+        await_some("node", || {
+            let health = planes.must("GET", "/proxy/health", Value::Null);
+            (health["current"] == 1).then_some(())
+        });
+        ping(&mut later).unwrap();
+    });
+}
+
 #[test]
 fn one_address_is_a_network_too() {
     on_each(|planes| {

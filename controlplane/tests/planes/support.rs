@@ -93,9 +93,13 @@ impl Program {
         assert!(!status.success());
     }
 
-    pub fn terminate(&mut self) {
+    pub fn signal(&self, name: &str) {
         let pid = self.child.id().to_string();
-        assert!(Command::new("kill").args(["-TERM", &pid]).status().unwrap().success());
+        assert!(Command::new("kill").args([&format!("-{name}"), &pid]).status().unwrap().success());
+    }
+
+    pub fn terminate(&mut self) {
+        self.signal("TERM");
         await_some("end of the program", || self.child.try_wait().unwrap());
     }
 }
@@ -462,6 +466,16 @@ impl Planes {
         *node = self.node_alone(&node.name.clone());
     }
 
+    /// The control plane's state directory.
+    pub fn state(&self) -> PathBuf {
+        self.folder.path().join("control")
+    }
+
+    /// Another token of the first admin.
+    pub fn login_admin(&self) -> String {
+        self.login("admin", &self.admin_password()).unwrap()
+    }
+
     pub fn login(&self, user: &str, password: &str) -> Result<String, u16> {
         let body = json!({ "username": user, "password": password });
         let (status, answer) = self.ask_as("", "POST", "/auth/login", Some(&body));
@@ -622,6 +636,26 @@ pub fn echo() -> SocketAddr {
                 let (mut from, mut to) = (stream.try_clone().unwrap(), stream);
                 let _ = std::io::copy(&mut from, &mut to);
                 let _ = to.shutdown(Shutdown::Write);
+            });
+        }
+    });
+    address
+}
+
+/// A web server whose every page is so many sevens.
+pub fn web(bytes: usize) -> SocketAddr {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = listener.local_addr().unwrap();
+    thread::spawn(move || {
+        for mut stream in listener.incoming().flatten() {
+            thread::spawn(move || {
+                let mut lines = BufReader::new(stream.try_clone().unwrap()).lines();
+                while let Some(Ok(line)) = lines.next() {
+                    if line.is_empty() {
+                        let head = format!("HTTP/1.1 200 OK\r\nContent-Length: {bytes}\r\n\r\n");
+                        let _ = stream.write_all(&[head.as_bytes(), &vec![7; bytes]].concat());
+                    }
+                }
             });
         }
     });

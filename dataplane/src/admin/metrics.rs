@@ -1,6 +1,6 @@
 //! The workers' counters as Prometheus text. Names, kinds and help are declared here, once.
 
-use std::sync::Mutex;
+use std::{sync::Mutex, time::Duration};
 
 use metrics::{Key, Label, counter, gauge};
 use metrics_exporter_prometheus::{
@@ -58,7 +58,12 @@ const HELP: &[(&str, bool, &str)] = &[
         "Configurations refused; the one before stayed in force",
     ),
     ("culvert_snapshot_generation", false, "Number of the snapshot in force"),
-    ("culvert_snapshot_age_seconds", false, "Time since the snapshot was published"),
+    ("culvert_control_connected", false, "Whether the control plane has taken this node"),
+    (
+        "culvert_snapshot_age_seconds",
+        false,
+        "Following: time since the policy was last known to be the control plane's, else since it was published",
+    ),
     (
         "culvert_snapshots",
         false,
@@ -174,8 +179,15 @@ fn set_all(node: &Node) {
 fn set_snapshot(node: &Node) {
     let snapshot = node.shared.snapshot.load();
     gauge!("culvert_snapshot_generation").set(snapshot.generation as f64);
-    let age = node.published.lock().map_or(0.0, |published| published.elapsed().as_secs_f64());
-    gauge!("culvert_snapshot_age_seconds").set(age);
+    let age = match &node.follower {
+        Some(follower) => {
+            let stale = follower.stale();
+            gauge!("culvert_control_connected").set(u8::from(stale.is_none()));
+            stale.unwrap_or_default()
+        }
+        None => node.published.lock().map_or(Duration::ZERO, |published| published.elapsed()),
+    };
+    gauge!("culvert_snapshot_age_seconds").set(age.as_secs_f64());
     gauge!("culvert_snapshots").set(crate::policy::snapshots_alive() as f64);
     gauge!("culvert_users").set(snapshot.directory.len() as f64);
 }

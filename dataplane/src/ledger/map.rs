@@ -20,7 +20,7 @@ use memmap2::{MmapOptions, MmapRaw};
 use super::Bytes;
 
 /// Tells our files from others; the last byte is the layout's version.
-pub(super) const MAGIC: u64 = u64::from_le_bytes(*b"culvled\x01");
+pub(super) const MAGIC: u64 = u64::from_le_bytes(*b"culvled\x02");
 /// Bytes of the head: magic, boot, workers, slots and totals of each.
 pub(super) const HEAD: usize = 4096;
 /// Users one worker can count for during one boot (8 MiB).
@@ -35,7 +35,8 @@ pub(super) struct Slot {
     /// The user's total before `done` was added to it.
     before: [AtomicU64; 2],
     state: AtomicU64,
-    spare: AtomicU64,
+    /// The number that the record of `done` is about to have; 0 is none yet.
+    sequence: AtomicU64,
 }
 
 /// What a slot is in the middle of.
@@ -47,6 +48,10 @@ pub(super) enum State {
     Live(u32),
     /// `done` is being added to the total.
     Closing(u32),
+    /// `done` is in the total, and in no record that would outlive the process.
+    Owed(u32),
+    /// A user's session that has its record up to here; as `Live` when it has moved more.
+    Resumed(u32),
 }
 
 impl State {
@@ -55,6 +60,8 @@ impl State {
         match word & 0xff {
             1 => Self::Live(index),
             2 => Self::Closing(index),
+            3 => Self::Owed(index),
+            4 => Self::Resumed(index),
             _ => Self::Free,
         }
     }
@@ -64,6 +71,8 @@ impl State {
             Self::Free => 0,
             Self::Live(index) => u64::from(index) << 8 | 1,
             Self::Closing(index) => u64::from(index) << 8 | 2,
+            Self::Owed(index) => u64::from(index) << 8 | 3,
+            Self::Resumed(index) => u64::from(index) << 8 | 4,
         }
     }
 }
@@ -93,9 +102,15 @@ impl Slot {
         self.set(State::Closing(index));
     }
 
+    /// The record is about to be written, under this number.
+    pub(super) fn recorded_as(&self, sequence: u64) {
+        self.sequence.store(sequence, Release);
+    }
+
     /// First free, then empty: a free slot's numbers mean nothing.
     pub(super) fn clear(&self) {
         self.set(State::Free);
+        self.sequence.store(0, Release);
         write(&self.pending, [0; 2]);
         write(&self.done, [0; 2]);
     }
@@ -131,6 +146,7 @@ pub struct Map {
 }
 
 /// One worker's part of it.
+#[derive(Clone)]
 pub struct Region {
     memory: Arc<MmapRaw>,
     start: usize,

@@ -22,12 +22,25 @@ pub struct Recovered {
     pub boot: u64,
     /// Bytes by user.
     pub users: HashMap<u64, Bytes>,
-    /// Sessions that were cut by the end.
-    pub sessions: Vec<(u64, Bytes)>,
+    /// What is in no record: that of sessions which were cut by the end, or whose record was not written.
+    pub sessions: Vec<Unrecorded>,
     /// Bytes that may have been moved beyond the sums.
     pub uncertain: u64,
     /// Where they come from.
     pub path: PathBuf,
+}
+
+/// Bytes that are in no record.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Unrecorded {
+    /// Whose.
+    pub user: u64,
+    /// How many.
+    pub bytes: Bytes,
+    /// The number under which the record may have been written after all; 0 is none.
+    pub sequence: u64,
+    /// Whether they were of a session that ran, not of one that had ended.
+    pub ran: bool,
 }
 
 /// Reads the ledgers that other boots left in a folder. Nothing is changed, so it can be done again;
@@ -102,14 +115,22 @@ fn read(path: &Path) -> io::Result<Recovered> {
             }
         }
         for at in slots() {
-            if let State::Live(total) = State::read(word(at + 48)?)
-                && let Some((user, bytes)) = totals.get_mut(of(total))
-            {
-                let (pending, done) = (pair(at)?, pair(at + 16)?);
+            let (state, sequence) = (State::read(word(at + 48)?), word(at + 56)?);
+            let (total, ran) = match state {
+                State::Free => continue,
+                State::Live(total) | State::Resumed(total) => (total, true),
+                State::Closing(total) | State::Owed(total) => (total, false),
+            };
+            let Some((user, bytes)) = totals.get_mut(of(total)) else { continue };
+            let (pending, done) = (pair(at)?, pair(at + 16)?);
+            if ran {
                 *bytes = sum(*bytes, done);
-                found.sessions.push((*user, done));
                 found.uncertain += pending[0] + pending[1];
             }
+            if matches!(state, State::Resumed(_)) && done == [0; 2] {
+                continue;
+            }
+            found.sessions.push(Unrecorded { user: *user, bytes: done, sequence, ran });
         }
         for (user, bytes) in totals {
             let known = found.users.entry(user).or_default();

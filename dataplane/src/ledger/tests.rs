@@ -67,7 +67,38 @@ fn a_killed_process_leaves_its_sums() {
     let found = recover(dir.path()).unwrap().remove(0);
     assert_eq!((found.boot, found.uncertain), (9, 3));
     assert_eq!(found.users[&1], [17, 0]);
-    assert_eq!(found.sessions, [(1, [7, 0])]);
+    assert_eq!(found.sessions, [Unrecorded { user: 1, bytes: [7, 0], sequence: 0, ran: true }]);
+}
+
+/// Whenever the process is killed, every byte of the sums is in one record.
+#[test]
+fn what_is_not_written_is_found_until_it_is() {
+    let dir = tempfile::tempdir().unwrap();
+    let ledger = ledger(dir.path(), 9);
+    let meter = ledger.open().unwrap();
+    assert!(meter.belongs_to(Some(&Lease::new(1))));
+    let found = || {
+        let found = recover(dir.path()).unwrap().remove(0);
+        let unrecorded = |of: &Unrecorded| (of.bytes[0], of.sequence);
+        (found.users[&1][0], found.sessions.iter().map(unrecorded).collect::<Vec<_>>())
+    };
+    moved(&meter, 10);
+    let first = meter.record().unwrap();
+    assert_eq!(found(), (10, vec![(10, 0)]), "the session goes on, and has moved nothing since");
+    moved(&meter, 5);
+    assert_eq!((found(), meter.done(UP)), ((15, vec![(10, 0), (5, 0)]), 15));
+    first.recorded_as(4);
+    assert_eq!(found(), (15, vec![(10, 4), (5, 0)]));
+    drop(first);
+    assert_eq!(found(), (15, vec![(5, 0)]));
+    let second = meter.record().unwrap();
+    drop(meter);
+    assert_eq!(found(), (15, vec![(5, 0)]));
+    drop(second);
+    assert_eq!(found(), (15, vec![]));
+    // All are free again.
+    let meters: Vec<_> = std::iter::from_fn(|| ledger.open()).collect();
+    assert_eq!(meters.len(), 16);
 }
 
 /// Killed between any two steps of a close, the bytes are there once.

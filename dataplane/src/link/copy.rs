@@ -5,6 +5,7 @@ use std::{
     io::{self, Write},
     os::unix::fs::OpenOptionsExt,
     path::{Path, PathBuf},
+    time::SystemTime,
 };
 
 use culvert_api::{
@@ -61,6 +62,11 @@ fn parse(policy: &[u8]) -> Result<Policy, String> {
 }
 
 impl Copy {
+    /// When the file was last written; `None` if there is none.
+    pub(super) fn written(&self) -> Option<SystemTime> {
+        std::fs::metadata(&self.path).and_then(|data| data.modified()).ok()
+    }
+
     /// Reads the file of a state directory. What a killed process wrote half is passed over.
     ///
     /// # Errors

@@ -103,8 +103,9 @@ impl Shared {
             for record in self.queues.iter().flat_map(|queue| std::iter::from_fn(|| queue.pop())) {
                 line.clear();
                 let encoded = serde_json::to_writer(&mut line, &record).is_ok();
-                let spooled =
-                    self.spool.as_ref().is_none_or(|spool| spool.push(record.user_id(), &line));
+                let spooled = self.spool.as_ref().is_none_or(|spool| {
+                    spool.push(record.user_id(), &line, |number| record.recorded_as(number))
+                });
                 line.push(b'\n');
                 match encoded && file.write_all(&line).is_ok() && spooled {
                     true => written += 1,

@@ -81,8 +81,8 @@ impl Spool {
         Ok(left)
     }
 
-    /// Adds a record; `false` when there is no room, or the disk takes no more.
-    pub fn push(&self, user: u64, json: &[u8]) -> bool {
+    /// Adds a record, after its number was told; `false` when there is no room, or the disk takes no more.
+    pub fn push(&self, user: u64, json: &[u8], told: impl FnOnce(u64)) -> bool {
         let Ok(mut inner) = self.inner.lock() else { return false };
         let sequence = inner.last + 1;
         let mut frame = Vec::with_capacity(json.len() + 32);
@@ -90,6 +90,7 @@ impl Spool {
         if inner.end - inner.start + frame.len() as u64 > BYTES_MAX {
             return false;
         }
+        told(sequence);
         let end = inner.end;
         if inner.file.write_all_at(&frame, end).is_err() {
             return false;
@@ -187,7 +188,7 @@ mod tests {
     fn records_wait_until_they_are_acknowledged() {
         let dir = tempfile::tempdir().unwrap();
         let spool = Spool::new(dir.path(), 5).unwrap();
-        assert!((0..5).all(|index| spool.push(index, b"{}")));
+        assert!((0..5).all(|index| spool.push(index, b"{}", drop)));
         assert_eq!(sequences(&spool, 0), [1, 2, 3]);
         spool.acknowledge(2);
         assert_eq!((sequences(&spool, 0), sequences(&spool, 3)), (vec![3, 4, 5], vec![4, 5]));
@@ -209,10 +210,10 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let spool = Spool::new(dir.path(), 5).unwrap();
         let json = vec![b'x'; 1 << 20];
-        (0..12).for_each(|_| assert!(spool.push(1, &json)));
+        (0..12).for_each(|_| assert!(spool.push(1, &json, drop)));
         spool.acknowledge(10);
         assert!(std::fs::metadata(dir.path().join(file_name(5))).unwrap().len() < 3 << 20);
-        assert!(spool.push(1, b"{}"));
+        assert!(spool.push(1, b"{}", drop));
         assert_eq!(sequences(&spool, 10), [11, 12, 13]);
     }
 }

@@ -12,6 +12,7 @@ use serde::{Serialize, Serializer};
 use super::Session;
 use crate::{
     end::{End, Side, Stage},
+    ledger::Owed,
     policy::{Denial, Permit, User},
 };
 
@@ -38,6 +39,8 @@ pub struct Record {
     total: Duration,
     pub(super) status: u16,
     end: Option<End>,
+    /// Keeps `bytes` in the ledger until the record is written.
+    owed: Option<Owed>,
 }
 
 impl Record {
@@ -80,12 +83,20 @@ impl Record {
             total: Duration::ZERO,
             status: 0,
             end: None,
+            owed: None,
         }
     }
 
     /// The user's number; 0 is nobody.
     pub fn user_id(&self) -> u64 {
         self.user.as_ref().map_or(0, |user| user.id.0)
+    }
+
+    /// The record is about to be written under this number.
+    pub fn recorded_as(&self, sequence: u64) {
+        if let Some(owed) = &self.owed {
+            owed.recorded_as(sequence);
+        }
     }
 
     pub(super) fn permitted(&mut self, permit: &Permit) {
@@ -109,6 +120,7 @@ impl Record {
         let after = session.moved();
         let before = session.recorded.replace(after);
         self.bytes = [after[0] - before[0], after[1] - before[1]];
+        self.owed = session.meter.record();
         self.total = self.begun.elapsed();
         self.end = Some(end);
         session.worker.log(self);
