@@ -4,7 +4,7 @@
 # Runs the clients people use through a proxy and says `ok NAME`, `FAIL NAME` or `skip NAME` for each; exits 1
 # when one failed. HOST:PORT must speak SOCKS5 and HTTP and want a password; HOST:NOAUTH_PORT must speak
 # SOCKS5, SOCKS4 and HTTP and want none. Both must allow 127.0.0.0/8 and ::1/128 as targets. The proxy counts
-# failed logins (5 here): raise auth.failures_per_address to run this often. All targets are this script's own,
+# failed logins (6 here): raise auth.failures_per_address to run this often. All targets are this script's own,
 # on loopback ports the kernel chose. The unknown name ends in .invalid; the proxy asks its resolver for it.
 #
 # Found where they are, or given: PYTHON (with PySocks, python_socks), NODE_PATH (with socks,
@@ -80,6 +80,10 @@ class H(http.server.BaseHTTPRequestHandler):
         if self.path == "/file":
             self.send_response(200); self.send_header("Content-Length", str(os.path.getsize(D + "/file"))); self.end_headers()
             with open(D + "/file", "rb") as f: shutil.copyfileobj(f, self.wfile, 1 << 18)
+        elif self.path == "/gib":
+            self.send_response(200); self.send_header("Content-Length", str(16 * os.path.getsize(D + "/file"))); self.end_headers()
+            for _ in range(16):
+                with open(D + "/file", "rb") as f: shutil.copyfileobj(f, self.wfile, 1 << 18)
         elif self.path == "/headers": self.say(str(self.headers).encode())
         elif self.path.startswith("/git/"): self.cgi()
         else: self.say(b"hello " + self.path.encode(), "text/html")
@@ -151,8 +155,9 @@ is curl-open-socks4-ipv4 "hello /x" c --socks4 "$OPEN" "$U"
 is curl-http-anyauth "hello /x" c -x "http://$AUTH" --proxy-anyauth -U "$USR:$PW" "$U"
 is curl-connect-anyauth "hello /x" c -x "http://$AUTH" --proxy-anyauth -U "$USR:$PW" -p "$U"
 
-# wrong password and none (4 failed logins; wget adds one)
+# wrong password and none (5 failed logins; wget adds one)
 no wrong-password-socks5h 97 'rejected|User' c --socks5-hostname "$AUTH" --proxy-user "$USR:wrong-$PW" "$U"
+no wrong-password-socks5  97 'rejected|User' c --socks5 "$AUTH" --proxy-user "$USR:wrong-$PW" "$U"
 no wrong-password-http    22 '407'           c -f -x "http://$AUTH" -U "$USR:wrong-$PW" "$U"
 no wrong-password-connect 56 '407'           c -x "http://$AUTH" -U "$USR:wrong-$PW" -p "$U"
 no unknown-user-socks5h   97 'rejected|User' c --socks5-hostname "$AUTH" --proxy-user "nobody-$RANDOM:$PW" "$U"
@@ -166,7 +171,7 @@ no no-password-socks4a 97 ''            c --socks4a "$AUTH" "$U"
 headers() { c "$@" "http://127.0.0.1:$WEB/headers" > "$D/headers" && grep -qi '^host: 127.0.0.1' "$D/headers" && ! grep -qiE '^proxy-' "$D/headers"; }
 t http-no-leak headers -x "http://$AUTH" -U "$USR:$PW"
 
-# ---------------------------------------------------------------- 64 MiB each way
+# ---------------------------------------------------------------- 64 MiB each way, and 1 GiB
 sum() { c "$@" | sha256sum | cut -d' ' -f1; }
 put() { c -T "$D/file" "$@" "http://127.0.0.1:$WEB/up"; }
 chunked() { c -T - "$@" "http://127.0.0.1:$WEB/up" < "$D/file"; }
@@ -177,6 +182,11 @@ is download-connect "$SUM" sum -x "http://$AUTH" -U "$USR:$PW" -p "$F"
 is upload-socks5h   "$SUM" put --socks5-hostname "$AUTH" --proxy-user "$USR:$PW"
 is upload-http      "$SUM" put -x "http://$AUTH" -U "$USR:$PW"
 is upload-connect   "$SUM" put -x "http://$AUTH" -U "$USR:$PW" -p
+gib() { for _ in {1..16}; do cat "$D/file"; done; }
+GIB=$(gib | sha256sum | cut -d' ' -f1)
+put_gib() { gib | c -m 120 -T - "$@" "http://127.0.0.1:$WEB/up"; }
+is download-socks5h-1-gib "$GIB" sum -m 120 --socks5-hostname "$AUTH" --proxy-user "$USR:$PW" "http://127.0.0.1:$WEB/gib"
+is upload-socks5h-1-gib   "$GIB" put_gib --socks5-hostname "$AUTH" --proxy-user "$USR:$PW"
 is upload-http-chunked "$SUM" chunked -x "http://$AUTH" -U "$USR:$PW"
 
 # three URLs, one connection to the proxy

@@ -1,7 +1,7 @@
 #![no_main]
-use culvert_proto::{Handshake, Login, Next, http};
+use culvert_proto::http;
+use culvert_proto_fuzz::{choices, drive};
 libfuzzer_sys::fuzz_target!(|input: &[u8]| {
-    let mut server = http::Server::new(Login::Password);
-    let _ = server.handle_input(input);
-    assert!(!matches!(server.poll(), Next::Request(_)), "no login was verified");
+    let Some((login, right, outcome, input)) = choices(input) else { return };
+    drive(http::Server::new(login), login, right, outcome, input);
 });

@@ -1,18 +1,7 @@
 #![no_main]
-use culvert_proto::{Handshake, Next, socks4};
+use culvert_proto::{Login, socks4};
+use culvert_proto_fuzz::{choices, drive};
 libfuzzer_sys::fuzz_target!(|input: &[u8]| {
-    let mut server = socks4::Server::new();
-    let mut used = 0;
-    while let Ok(taken) = server.handle_input(&input[used..]) {
-        used += taken;
-        match server.poll() {
-            Next::Write(bytes) => {
-                let len = bytes.len();
-                server.sent(len);
-            }
-            Next::Read if used < input.len() => {}
-
-            _ => return,
-        }
-    }
+    let Some((_, right, outcome, input)) = choices(input) else { return };
+    drive(socks4::Server::new(), Login::None, right, outcome, input);
 });

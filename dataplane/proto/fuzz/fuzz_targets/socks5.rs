@@ -1,18 +1,7 @@
 #![no_main]
-use culvert_proto::{Handshake, Login, Next, socks5};
+use culvert_proto::socks5;
+use culvert_proto_fuzz::{choices, drive};
 libfuzzer_sys::fuzz_target!(|input: &[u8]| {
-    let mut server = socks5::Server::new(Login::Password);
-    let mut used = 0;
-    while let Ok(taken) = server.handle_input(&input[used..]) {
-        used += taken;
-        match server.poll() {
-            Next::Write(bytes) => {
-                let len = bytes.len();
-                server.sent(len);
-            }
-            Next::Read if used < input.len() => {}
-            Next::Request(_) => panic!("no login was verified"),
-            _ => return,
-        }
-    }
+    let Some((login, right, outcome, input)) = choices(input) else { return };
+    drive(socks5::Server::new(login), login, right, outcome, input);
 });
