@@ -5,8 +5,10 @@ mod commands;
 
 use std::{net::SocketAddr, path::PathBuf, process::ExitCode};
 
-use clap::{Parser, Subcommand, ValueEnum};
+use clap::{Args, Parser, Subcommand, ValueEnum};
 use ipnet::IpNet;
+
+use crate::config::Origin;
 
 /// A proxy server for many users.
 #[derive(Debug, Parser)]
@@ -19,17 +21,9 @@ struct Cli {
 #[derive(Debug, Subcommand)]
 enum Command {
     /// Run a node.
-    Run {
-        /// The configuration file (.toml, .yaml, .json).
-        #[arg(short, long, env = "CULVERT_CONFIG")]
-        config: PathBuf,
-    },
+    Run(File),
     /// Check a configuration file and say everything that is wrong with it.
-    Check {
-        /// The configuration file (.toml, .yaml, .json).
-        #[arg(short, long, env = "CULVERT_CONFIG")]
-        config: PathBuf,
-    },
+    Check(File),
     /// Run a proxy without a file. Without a user it serves this host only, unless --allow names
     /// clients.
     Server {
@@ -74,11 +68,24 @@ enum Command {
     /// Read a password from standard input and print its hash.
     HashPassword,
     /// Ask a running node to take no more sessions, let the others end, and stop.
-    Drain {
-        /// The node's configuration file.
-        #[arg(short, long, env = "CULVERT_CONFIG")]
-        config: PathBuf,
-    },
+    Drain(File),
+}
+
+#[derive(Debug, Args)]
+struct File {
+    /// The configuration file (.toml, .yaml, .json).
+    #[arg(short, long, env = "CULVERT_CONFIG")]
+    config: PathBuf,
+    /// Sets a key over the file and the environment, such as node.workers=2; may be given often. Lists are
+    /// set in the file only.
+    #[arg(long, value_name = "SECTION.KEY=VALUE")]
+    set: Vec<String>,
+}
+
+impl From<File> for Origin {
+    fn from(file: File) -> Self {
+        Self { path: file.config, set: file.set }
+    }
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -122,8 +129,8 @@ fn parse_listen(text: &str) -> Result<SocketAddr, String> {
 /// Runs the program.
 pub fn main() -> ExitCode {
     let result = match Cli::parse().command {
-        Command::Run { config } => commands::run(&config),
-        Command::Check { config } => commands::check(&config),
+        Command::Run(file) => commands::run(file.into()),
+        Command::Check(file) => commands::check(&file.into()),
         Command::Server { protocol, addr, user, allow, allow_internal } => {
             commands::server(protocol, addr, user, allow, allow_internal)
         }
@@ -131,7 +138,7 @@ pub fn main() -> ExitCode {
             client::run(protocol, &addr, &host, port, user, listen)
         }
         Command::HashPassword => commands::hash_password(),
-        Command::Drain { config } => commands::drain(&config),
+        Command::Drain(file) => commands::drain(&file.into()),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

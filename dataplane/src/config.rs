@@ -6,7 +6,7 @@ mod file;
 
 use std::{
     net::{IpAddr, SocketAddr},
-    path::{Path, PathBuf},
+    path::PathBuf,
     sync::Arc,
     time::Duration,
 };
@@ -88,6 +88,15 @@ impl std::fmt::Display for Control {
     }
 }
 
+/// Where a node's configuration comes from: a file, the environment over it, flags over both.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Origin {
+    /// The file.
+    pub path: PathBuf,
+    /// The flags, each `section.key=value`.
+    pub set: Vec<String>,
+}
+
 /// One listener.
 #[derive(Debug, Clone, PartialEq)]
 pub struct ListenerConfig {
@@ -131,14 +140,12 @@ pub struct LogConfig {
 }
 
 impl Config {
-    /// Reads a configuration file with the environment over it.
+    /// Reads a node's configuration from where it comes.
     ///
     /// # Errors
     /// Every problem found.
-    pub fn load(
-        path: &Path,
-        environment: impl IntoIterator<Item = (String, String)>,
-    ) -> Result<Self, Vec<Problem>> {
+    pub fn load(origin: &Origin) -> Result<Self, Vec<Problem>> {
+        let path = &origin.path;
         let problem = |message: String| vec![Problem::new(Place::Nowhere, "", message)];
         let text = std::fs::read_to_string(path)
             .map_err(|error| problem(format!("{}: {error}", path.display())))?;
@@ -146,10 +153,10 @@ impl Config {
         let format = Format::of_extension(extension).ok_or_else(|| {
             problem(format!("{}: name it .toml, .yaml, .yml or .json", path.display()))
         })?;
-        Self::parse(&text, format, environment)
+        Self::parse(&text, format, std::env::vars(), &origin.set)
     }
 
-    /// Parses configuration text with the environment over it.
+    /// Parses configuration text with the environment over it, and flags over both.
     ///
     /// # Errors
     /// Every problem found.
@@ -157,6 +164,7 @@ impl Config {
         text: &str,
         format: Format,
         environment: impl IntoIterator<Item = (String, String)>,
+        flags: &[String],
     ) -> Result<Self, Vec<Problem>> {
         let mut tree = Tree::parse(text, format)?;
         // The control plane's variables and those of our own flags begin with the same word.
@@ -164,6 +172,7 @@ impl Config {
             !name.starts_with("CULVERT_CTL_") && !FLAG_VARIABLES.contains(&name.as_str())
         });
         let mut problems = tree.overlay(ENVIRONMENT, ours);
+        problems.extend(tree.overlay_flags(flags));
         match tree.read::<File>() {
             Ok(file) => {
                 let (config, more) = build::build(file, &tree);

@@ -90,7 +90,7 @@ impl Default for Settings {
                 connect: Duration::from_secs(10),
                 idle: Duration::from_secs(600),
                 half_close: Duration::from_secs(30),
-                lifetime: None,
+                lifetime: Some(Duration::from_secs(7 * 24 * 3600)),
             },
             address: AddressLimits { sessions: 1000, new_sessions_per_second: 200 },
             node: culvert_api::policy::Limits::default(),

@@ -102,6 +102,29 @@ impl Tree {
         problems
     }
 
+    /// Lays flags over all else: `section.key=value`. Returns a problem for each that names no key.
+    pub fn overlay_flags(&mut self, flags: &[String]) -> Vec<Problem> {
+        let mut problems = Vec::new();
+        for flag in flags {
+            let place = || Place::Flag(format!("--set {flag}"));
+            let named = flag.split_once('=').and_then(|(path, text)| {
+                let (section, key) = path.split_once('.')?;
+                let is_key = !section.is_empty() && !key.is_empty() && !key.contains('.');
+                is_key.then_some((section, key, text))
+            });
+            let wrong = match named {
+                Some((section, ..)) if self.is_list(section) => "lists are set in the file only",
+                Some((section, key, text)) => {
+                    self.set(&[section, key], text.to_owned(), place());
+                    continue;
+                }
+                None => "write --set section.key=value",
+            };
+            problems.push(Problem::new(place(), "", wrong));
+        }
+        problems
+    }
+
     fn is_list(&self, section: &str) -> bool {
         let entry = self.root.entry(section);
         entry.is_some_and(|entry| matches!(entry.node.value, Value::List(_)))

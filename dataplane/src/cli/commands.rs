@@ -4,7 +4,6 @@ use std::{
     io::{IsTerminal, Read, Write},
     net::SocketAddr,
     os::unix::net::UnixStream,
-    path::Path,
 };
 
 use anyhow::{Context, bail};
@@ -14,30 +13,31 @@ use ipnet::IpNet;
 
 use super::{ProtocolArg, UserArg};
 use crate::{
-    config::Config,
+    config::{Config, Origin},
     node::{self, Source},
     policy,
 };
 
-fn load(path: &Path) -> anyhow::Result<Config> {
-    Config::load(path, std::env::vars()).map_err(|problems| {
+fn load(origin: &Origin) -> anyhow::Result<Config> {
+    Config::load(origin).map_err(|problems| {
         let count = problems.len();
         let list = crate::log::problems(&problems);
         let plural = if count == 1 { "problem" } else { "problems" };
-        anyhow::anyhow!("{}: {count} {plural}\n{}", path.display(), list.trim_end())
+        let path = origin.path.display();
+        anyhow::anyhow!("{path}: {count} {plural}\n{}", list.trim_end())
     })
 }
 
-pub(super) fn run(path: &Path) -> anyhow::Result<()> {
-    let config = load(path)?;
-    node::run(config, Source::File(path.to_owned()))
+pub(super) fn run(origin: Origin) -> anyhow::Result<()> {
+    let config = load(&origin)?;
+    node::run(config, Source::File(origin))
 }
 
-pub(super) fn check(path: &Path) -> anyhow::Result<()> {
-    let config = load(path)?;
+pub(super) fn check(origin: &Origin) -> anyhow::Result<()> {
+    let config = load(origin)?;
     println!(
         "{}: ok: {} listeners, {} users, {} filters, {} rules",
-        path.display(),
+        origin.path.display(),
         config.listeners.len(),
         config.policy.user.len(),
         config.policy.filter.len(),
@@ -97,8 +97,8 @@ pub(super) fn hash_password() -> anyhow::Result<()> {
     Ok(())
 }
 
-pub(super) fn drain(path: &Path) -> anyhow::Result<()> {
-    let config = load(path)?;
+pub(super) fn drain(origin: &Origin) -> anyhow::Result<()> {
+    let config = load(origin)?;
     let Some(dir) = config.state_dir else { bail!("the node has no state_dir") };
     let socket = dir.join(crate::admin::SOCKET);
     let mut stream = UnixStream::connect(&socket)

@@ -277,7 +277,7 @@ mod tests {
 
     fn problems(text: &str) -> Vec<String> {
         let none = Vec::<(String, String)>::new();
-        match Config::parse(text, Format::Toml, none) {
+        match Config::parse(text, Format::Toml, none, &[]) {
             Ok(_) => Vec::new(),
             Err(problems) => problems.iter().map(ToString::to_string).collect(),
         }

@@ -220,7 +220,7 @@ impl Default for Timeouts {
             connect: seconds(10),
             idle: seconds(600),
             half_close: seconds(30),
-            lifetime: seconds(0),
+            lifetime: seconds(7 * 24 * 3600),
             drain: seconds(30),
         }
     }

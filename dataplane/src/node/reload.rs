@@ -1,10 +1,6 @@
 //! What happens while the node runs: signals, a changed file, a user's expiry, the drain.
 
-use std::{
-    path::{Path, PathBuf},
-    sync::Arc,
-    time::Duration,
-};
+use std::{path::Path, sync::Arc, time::Duration};
 
 use notify::{
     EventKind, RecursiveMode, Watcher,
@@ -13,13 +9,17 @@ use notify::{
 use tokio::{
     signal::unix::{Signal, SignalKind, signal},
     sync::mpsc,
+    task::JoinSet,
+    time::Instant,
 };
 
 use super::Node;
-use crate::config::Config;
+use crate::config::{Config, Origin};
 
 /// A changed file is read when nothing has happened to it for so long.
 const QUIET: Duration = Duration::from_millis(200);
+/// One to which something always happens is read after so long.
+const RESTLESS: Duration = Duration::from_secs(2);
 /// How often the clock is looked at for users that expire; it may step.
 const LOOK: Duration = Duration::from_secs(1);
 
@@ -27,7 +27,7 @@ const LOOK: Duration = Duration::from_secs(1);
 #[derive(Debug, Clone)]
 pub enum Source {
     /// A file, which is read again on SIGHUP and when it changes.
-    File(PathBuf),
+    File(Origin),
     /// The command line.
     CommandLine,
 }
@@ -59,22 +59,31 @@ pub(super) async fn serve(
     let Signals { mut terminate, mut interrupt, mut hang_up } = signals;
     let (changed, mut changes) = mpsc::channel(1);
     let _watcher = match &source {
-        Source::File(path) => watch(path, changed),
+        Source::File(origin) => watch(&origin.path, changed),
         Source::CommandLine => None,
     };
     node.announce();
     let mut look = tokio::time::interval(LOOK);
     look.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    // A reload goes on beside all else, one at a time: it may take a second, and a drain must not wait.
+    let mut reloads = JoinSet::new();
+    let (mut changed_at, mut due) = (None::<Instant>, None::<Instant>);
     loop {
         tokio::select! {
             _ = terminate.recv() => break,
             _ = interrupt.recv() => break,
             _ = drain.recv() => break,
-            _ = hang_up.recv() => reload(node, &source).await,
+            _ = hang_up.recv() => due = Some(Instant::now()),
             Some(()) = changes.recv() => {
-                while let Ok(Some(())) = tokio::time::timeout(QUIET, changes.recv()).await {}
-                reload(node, &source).await;
+                let first = *changed_at.get_or_insert_with(Instant::now);
+                due = Some((Instant::now() + QUIET).min(first + RESTLESS));
             }
+            () = sleep_until(due), if reloads.is_empty() => {
+                (changed_at, due) = (None, None);
+                let (node, source) = (node.clone(), source.clone());
+                reloads.spawn(async move { reload(&node, &source).await });
+            }
+            Some(_) = reloads.join_next() => {}
             _ = look.tick() => node.judge_expired(),
         }
     }
@@ -82,16 +91,23 @@ pub(super) async fn serve(
     Ok(())
 }
 
+async fn sleep_until(due: Option<Instant>) {
+    match due {
+        Some(due) => tokio::time::sleep_until(due).await,
+        None => std::future::pending().await,
+    }
+}
+
 /// Reads the file again; a bad one changes nothing.
 async fn reload(node: &Arc<Node>, source: &Source) {
-    let Source::File(path) = source else {
+    let Source::File(origin) = source else {
         tracing::info!("nothing to reload: this node was started without a file");
         return;
     };
     let usec = sd_notify::NotifyState::monotonic_usec_now();
     let _ = usec.map(|usec| sd_notify::notify(&[sd_notify::NotifyState::Reloading, usec]));
-    let (path, publisher) = (path.clone(), node.clone());
-    let published = beside_the_workers(move || match Config::load(&path, std::env::vars()) {
+    let (origin, publisher) = (origin.clone(), node.clone());
+    let published = beside_the_workers(move || match Config::load(&origin) {
         Ok(config) => publisher.publish(&config),
         Err(problems) => {
             publisher.rejected.fetch_add(1, std::sync::atomic::Ordering::Relaxed);

@@ -25,6 +25,8 @@ use tokio::sync::mpsc;
 /// Lookups under way at once, over all workers, each with two sockets of the descriptors that are kept
 /// free; beyond it they wait.
 pub const LOOKUPS_MAX: usize = 512;
+/// What is left at least to one that has waited.
+const LAST_TRY: Duration = Duration::from_millis(500);
 /// Lookups that wait.
 const LOOKUPS_WAITING_MAX: usize = 4096;
 /// Threads of the `getaddrinfo` mode.
@@ -88,10 +90,17 @@ pub struct ResolverOptions {
 
 type Reply = Box<dyn FnOnce(Name, Answer) + Send>;
 
+/// A name that is to be looked up.
+struct Question {
+    name: Name,
+    reply: Reply,
+    asked: Instant,
+}
+
 /// A handle for the workers.
 #[derive(Clone)]
 pub struct Resolver {
-    queue: mpsc::Sender<(Name, Reply)>,
+    queue: mpsc::Sender<Question>,
 }
 
 impl Resolver {
@@ -112,7 +121,7 @@ impl Resolver {
     /// Asks for a name's addresses; `false` when too many lookups are under way, and then `reply` is
     /// never called.
     pub fn ask(&self, name: Name, reply: Reply) -> bool {
-        self.queue.try_send((name, reply)).is_ok()
+        self.queue.try_send(Question { name, reply, asked: Instant::now() }).is_ok()
     }
 }
 
@@ -150,16 +159,18 @@ fn build(options: &ResolverOptions) -> anyhow::Result<TokioResolver> {
 async fn serve(
     resolver: TokioResolver,
     timeout: Duration,
-    mut questions: mpsc::Receiver<(Name, Reply)>,
+    mut questions: mpsc::Receiver<Question>,
 ) {
     let under_way = Arc::new(tokio::sync::Semaphore::new(LOOKUPS_MAX));
-    while let Some((name, reply)) = questions.recv().await {
+    while let Some(Question { name, reply, asked }) = questions.recv().await {
         let Ok(place) = under_way.clone().acquire_owned().await else { return };
         let resolver = resolver.clone();
         tokio::spawn(async move {
-            // A little after the lookups' own timeouts, so that one family's silence does not lose what
-            // the other said.
-            let limit = timeout + Duration::from_millis(100);
+            // Who has waited for a place has that much less time: behind servers that are silent many wait, and
+            // fail soon. A little after the lookups' own timeouts, so that one family's silence does not
+            // lose what the other said.
+            let limit = timeout.saturating_sub(asked.elapsed()).max(LAST_TRY);
+            let limit = limit + Duration::from_millis(100);
             let answer = tokio::time::timeout(limit, look_up(&resolver, &name)).await;
             reply(name, answer.unwrap_or_else(|_| Answer::failed()));
             drop(place);
@@ -239,12 +250,12 @@ fn missing(error: &NetError) -> Option<Option<Duration>> {
 }
 
 /// The C library's resolver: knows nothing of TTLs, and its timeouts are those of `resolv.conf`.
-fn blocking(mut questions: mpsc::Receiver<(Name, Reply)>) -> std::io::Result<()> {
-    let (sender, jobs) = crossbeam::channel::bounded::<(Name, Reply)>(LOOKUPS_WAITING_MAX);
+fn blocking(mut questions: mpsc::Receiver<Question>) -> std::io::Result<()> {
+    let (sender, jobs) = crossbeam::channel::bounded::<Question>(LOOKUPS_WAITING_MAX);
     for i in 0..BLOCKING_THREADS {
         let jobs = jobs.clone();
         thread::Builder::new().name(format!("resolve-{i}")).spawn(move || {
-            for (name, reply) in jobs {
+            for Question { name, reply, .. } in jobs {
                 let answer = match (name.as_str(), 0).to_socket_addrs() {
                     Ok(found) => {
                         let addresses: Vec<IpAddr> = found.map(|address| address.ip()).collect();

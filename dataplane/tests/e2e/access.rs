@@ -3,6 +3,7 @@
 use std::{
     io::{Read, Write},
     net::TcpStream,
+    sync::atomic::{AtomicBool, Ordering::Relaxed},
     thread,
     time::{Duration, Instant},
 };
@@ -51,6 +52,28 @@ fn a_hang_up_reloads_too() {
     let mut proxy = Setup::new().start();
     proxy.signal("-HUP");
     assert!(proxy.await_line("configuration published").contains("generation=2"));
+}
+
+/// A file that is written again and again is read all the same, and keeps the node from nothing.
+#[test]
+fn a_file_that_never_rests_is_read_and_a_drain_does_not_wait_for_it() {
+    let mut proxy = Setup::new().start();
+    let file = proxy.folder().join("culvert.toml");
+    let text = std::fs::read_to_string(&file).unwrap();
+    let over = AtomicBool::new(false);
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            while !over.load(Relaxed) {
+                std::fs::write(&file, &text).unwrap();
+                crate::support::pause(Duration::from_millis(20));
+            }
+        });
+        let line = proxy.await_line("configuration published");
+        proxy.signal("-TERM");
+        let status = proxy.await_end();
+        over.store(true, Relaxed);
+        assert!(line.contains("generation=2") && status.success(), "{line} {status}");
+    });
 }
 
 /// RELIABILITY C7, as far as a file goes: within a second, and nobody else's.

@@ -341,7 +341,7 @@ fn no_mutation_of_a_file_brings_the_program_down() {
         let text = String::from_utf8_lossy(&bytes);
         for format in [culvert_api::config::Format::Toml, culvert_api::config::Format::Yaml] {
             let none: [(String, String); 0] = [];
-            let _ = culvert::config::Config::parse(&text, format, none);
+            let _ = culvert::config::Config::parse(&text, format, none, &[]);
         }
     }
 }

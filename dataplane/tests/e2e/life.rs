@@ -164,6 +164,34 @@ fn check_says_everything_that_is_wrong_in_all_formats() {
 }
 
 #[test]
+fn flags_lie_over_the_environment_and_that_over_the_file() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("c.toml");
+    let check = |file: &str, environment: &str, flags: &[&str]| {
+        let text = format!("[[listener]]\nbind = '127.0.0.1:1082'\n[node]\nworkers = {file}\n");
+        std::fs::write(&path, text).unwrap();
+        let mut command = Command::new(env!("CARGO_BIN_EXE_culvert"));
+        command.args(["check", "-c"]).arg(&path).env("CULVERT_NODE_WORKERS", environment);
+        for flag in flags {
+            command.args(["--set", flag]);
+        }
+        let output = command.output().unwrap();
+        (output.status.success(), String::from_utf8(output.stderr).unwrap())
+    };
+    assert!(check("'x'", "1", &[]).0);
+    assert!(check("'x'", "y", &["node.workers=1"]).0);
+    for (flag, part) in [
+        ("node.workers=z", "--set node.workers=z: node.workers"),
+        ("node.workres=1", "workers"),
+        ("listener.bind=127.0.0.1:1", "lists are set in the file only"),
+        ("node", "write --set section.key=value"),
+    ] {
+        let (ok, error) = check("1", "1", &[flag]);
+        assert!(!ok && error.contains(part), "{flag}: {error}");
+    }
+}
+
+#[test]
 fn a_password_is_hashed_from_standard_input() {
     let (ok, hash, _) = culvert(&["hash-password"], "secret\n");
     assert!(ok && hash.starts_with("$2b$10$") && hash.trim().len() == 60, "{hash}");

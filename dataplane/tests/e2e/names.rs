@@ -86,11 +86,14 @@ fn names_are_asked_for_once_and_kept() {
 #[test]
 fn a_silent_server_fails_lookups_in_time_and_nothing_else() {
     let silent = UdpSocket::bind("127.0.0.1:0").unwrap();
-    let proxy = with_server(silent.local_addr().unwrap(), "allow_internal = ['127.0.0.0/8']");
+    let proxy = Setup::new()
+        .with(&format!("[dns]\nservers = ['{}']", silent.local_addr().unwrap()))
+        .policy("allow_internal = ['127.0.0.0/8']")
+        .start();
     let target = echo();
     let mut running = proxy.tunnel(None, target);
     thread::scope(|scope| {
-        let lookups: Vec<_> = (0..rounds(100, 1000))
+        let lookups: Vec<_> = (0..rounds(700, 1000))
             .map(|i| {
                 let proxy = &proxy;
                 scope.spawn(move || {

@@ -178,6 +178,10 @@ impl TestProxy {
     }
 
     /// The node's process (behind a wrapper: the wrapper's child).
+    pub fn folder(&self) -> &std::path::Path {
+        self.folder.path()
+    }
+
     pub fn pid(&self) -> u32 {
         if self.setup.wrapper.is_empty() {
             return self.child.id();
