@@ -161,6 +161,13 @@ pub fn new_user(name: &str, hash: &str, role: &str) -> user::ActiveModel {
     }
 }
 
+/// The first admin has another password: that of the file is of no use any more.
+pub fn forget_first_password(state: &Path, user: &str) {
+    if user == FIRST_ADMIN {
+        let _ = std::fs::remove_file(state.join("initial-admin"));
+    }
+}
+
 /// What the handlers need.
 ///
 /// # Errors
@@ -178,10 +185,12 @@ pub fn parts(config: &Config, store: Store) -> anyhow::Result<App> {
         tokens: Arc::new(Tokens::new(&key("jwt.key")?, config.auth.access_token.0)),
         refresh_life: i64::try_from(config.auth.refresh_token.0.as_micros())?,
         trusted_proxies: config.server.trusted_proxies.clone().into(),
+        state: config.state.dir.as_path().into(),
         secure_cookies: config.server.tls.is_set()
             || config.server.public_url.starts_with("https:"),
         seal: Arc::new(seal),
         throttle: Arc::new(LoginThrottle::default()),
+        counts: Arc::default(),
         started: now(),
     })
 }
@@ -200,6 +209,9 @@ impl Server {
         let listener = TcpListener::bind(bind).await.map_err(|error| {
             anyhow::anyhow!("{bind}: {error}; choose another address with server.bind")
         })?;
+        if !bind.ip().is_loopback() && !config.server.tls.is_set() {
+            tracing::warn!(%bind, "passwords and tokens travel in clear: set server.tls, or bind 127.0.0.1 behind a proxy that speaks TLS");
+        }
         let certificate = certificate(&config.server.tls).await?;
         let listener = listener.into_std()?;
         Ok(Self { address: listener.local_addr()?, listener: Arc::new(listener), certificate })
@@ -362,7 +374,13 @@ async fn clean(store: Store) {
     let mut tick = tokio::time::interval(CLEAN);
     loop {
         tick.tick().await;
-        if let Err(error) = clean_once(&store).await {
+        let cleaned = async {
+            match store.takes("clean", CLEAN.as_micros() as i64 / 2).await? {
+                true => clean_once(&store).await,
+                false => Ok(()),
+            }
+        };
+        if let Err(error) = cleaned.await {
             tracing::warn!(%error, "old rows could not be deleted; trying again in ten minutes");
         }
     }

@@ -33,6 +33,10 @@ struct File {
     /// The configuration file; without one the defaults hold.
     #[arg(short, long, value_name = "FILE")]
     config: Option<PathBuf>,
+    /// Sets a key over the file and the environment, such as server.bind=127.0.0.1:8080; may be given often.
+    /// Lists are set in the file only.
+    #[arg(long, value_name = "SECTION.KEY=VALUE")]
+    set: Vec<String>,
 }
 
 #[derive(Debug, Subcommand)]
@@ -176,7 +180,7 @@ fn run(command: Command) -> anyhow::Result<()> {
 
 impl File {
     fn load(&self) -> anyhow::Result<Config> {
-        Config::load(self.config.as_deref()).map_err(|problems| {
+        Config::load(self.config.as_deref(), &self.set).map_err(|problems| {
             let lines: Vec<String> = problems.iter().map(ToString::to_string).collect();
             anyhow::anyhow!("{}", lines.join("\n"))
         })
@@ -266,12 +270,15 @@ impl UserCommand {
                 Ok(())
             }
             Self::Passwd { name, file } => {
-                let store = app::store(&file.load()?).await?;
+                let config = file.load()?;
+                let store = app::store(&config).await?;
                 let hash = hash_password(password()?).await.context("no hash could be made")?;
                 let edit = store.edit(actor()).await?;
                 let user = known(edit.db(), &name).await?;
                 let change = http::edit_user::password(edit.db(), user.id, &hash).await;
-                edit.commit(change.map_err(refused)?).await.map_err(failed)
+                edit.commit(change.map_err(refused)?).await.map_err(failed)?;
+                app::forget_first_password(&config.state.dir, &name);
+                Ok(())
             }
             Self::TotpOff { name, file } => {
                 let store = app::store(&file.load()?).await?;

@@ -189,7 +189,7 @@ impl Config {
     ///
     /// # Errors
     /// Every problem found.
-    pub fn load(path: Option<&Path>) -> Result<Self, Vec<Problem>> {
+    pub fn load(path: Option<&Path>, flags: &[String]) -> Result<Self, Vec<Problem>> {
         let problem = |message: String| vec![Problem::new(Place::Nowhere, "", message)];
         let mut tree = match path {
             None => Tree::empty(),
@@ -204,6 +204,7 @@ impl Config {
             }
         };
         let mut problems = tree.overlay(ENVIRONMENT, std::env::vars());
+        problems.extend(tree.overlay_flags(flags));
         match tree.read::<Self>() {
             Ok(config) => {
                 config.check(&tree, &mut problems);

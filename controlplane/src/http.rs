@@ -7,6 +7,7 @@ mod extract;
 mod filters;
 mod limits;
 mod logs;
+mod metrics;
 mod online;
 mod problem;
 mod proxy;
@@ -19,12 +20,12 @@ mod usage;
 mod users;
 mod whitelist;
 
-use std::{sync::Arc, time::Duration};
+use std::{path::Path, sync::Arc, time::Duration};
 
 use axum::{
     Router,
-    extract::Request,
-    http::StatusCode,
+    extract::{Request, State},
+    http::{HeaderValue, StatusCode, header},
     middleware::{self, Next},
     response::{IntoResponse, Response},
     routing::get,
@@ -37,6 +38,7 @@ use utoipa_axum::router::OpenApiRouter;
 
 pub use extract::{Admin, Body, Caller, Id, Page, Paging, Params, is_active};
 pub(crate) use filters::compiled as filter_of;
+pub use metrics::Counts;
 pub use problem::Problem;
 pub(crate) use proxy::{add_node, replace_identity, revoke_node};
 pub(crate) use rules::compiled as rule_of;
@@ -68,6 +70,8 @@ pub struct App {
     pub trusted_proxies: Arc<[ipnet::IpNet]>,
     /// Cookies are for TLS only.
     pub secure_cookies: bool,
+    /// The state directory.
+    pub state: Arc<Path>,
     /// Secrets in the database.
     pub seal: Arc<Seal>,
     /// Failed logins.
@@ -76,6 +80,8 @@ pub struct App {
     pub hub: Arc<Hub>,
     /// What nodes of other hosts are known by.
     pub authority: Arc<Authority>,
+    /// What is counted since the start.
+    pub counts: Arc<Counts>,
     /// When the program started, in microseconds since 1970.
     pub started: i64,
 }
@@ -168,12 +174,15 @@ pub fn router(app: App) -> Router {
         .merge(docs)
         .route("/livez", get(async || "alive\n"))
         .route("/readyz", get(system::ready))
+        .route("/metrics", get(metrics::metrics))
         .fallback(async || Problem::missing("page"))
         .method_not_allowed_fallback(async || {
             Problem::new(StatusCode::METHOD_NOT_ALLOWED, "not here").into_response()
         })
         .layer(axum::extract::DefaultBodyLimit::max(BODY_MAX))
         .layer(middleware::from_fn(in_time))
+        .layer(middleware::from_fn(guarded))
+        .layer(middleware::from_fn_with_state(app.clone(), counted))
         .with_state(app)
 }
 
@@ -183,6 +192,29 @@ pub fn waiting() -> Router {
         Problem::new(StatusCode::SERVICE_UNAVAILABLE, "the database is away; try again soon")
     };
     Router::new().route("/livez", get(async || "alive\n")).fallback(away)
+}
+
+async fn counted(State(app): State<App>, request: Request, next: Next) -> Response {
+    let response = next.run(request).await;
+    app.counts.answered(response.status());
+    response
+}
+
+/// What browsers are told: take nothing for what it does not say it is, run nothing of others, show it
+/// in no page of others, keep no answer.
+async fn guarded(request: Request, next: Next) -> Response {
+    let is_api = request.uri().path().starts_with("/api/v1/");
+    let mut response = next.run(request).await;
+    let headers = response.headers_mut();
+    headers.insert(header::X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
+    headers.insert(header::REFERRER_POLICY, HeaderValue::from_static("no-referrer"));
+    let policy = "default-src 'self'; img-src 'self' data:; style-src 'self' 'unsafe-inline'; \
+                  object-src 'none'; base-uri 'none'; frame-ancestors 'none'";
+    headers.insert(header::CONTENT_SECURITY_POLICY, HeaderValue::from_static(policy));
+    if is_api {
+        headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-store"));
+    }
+    response
 }
 
 /// A database that hangs must not hang everybody who asks. Answers that are streamed have begun in time.

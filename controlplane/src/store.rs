@@ -14,8 +14,10 @@ use std::{
 
 use sea_orm::{
     ColumnTrait, ConnectOptions, ConnectionTrait, Database, DatabaseBackend, DatabaseConnection,
-    DatabaseTransaction, DbErr, EntityTrait, Set, Statement, TransactionTrait,
+    DatabaseTransaction, DbErr, EntityTrait, QueryFilter, RuntimeErr, Set, Statement,
+    TransactionTrait,
     sea_query::{Expr, OnConflict},
+    sqlx::mysql::MySqlDatabaseError,
 };
 use sea_orm_migration::MigratorTrait;
 use serde::Serialize;
@@ -223,6 +225,33 @@ impl Store {
         Ok(())
     }
 
+    /// Whether a job that is done once in a period, in microseconds, by one of the control planes, is ours
+    /// now. It counts as done from then on.
+    ///
+    /// # Errors
+    /// The database fails.
+    pub async fn takes(&self, job: &str, period: i64) -> Result<bool, DbErr> {
+        use entity::setting::{ActiveModel, Column, Entity};
+        let (name, now) = (format!("job.{job}"), now());
+        let Some(done) = Entity::find_by_id(&name).one(&self.db).await? else {
+            let row = ActiveModel { name: Set(name), value: Set(now.to_string()) };
+            return match Entity::insert(row).exec_without_returning(&self.db).await {
+                Err(error) if is_duplicate(&error) => Ok(false),
+                inserted => inserted.map(|_| true),
+            };
+        };
+        if done.value.parse().is_ok_and(|at: i64| (at..at + period).contains(&now)) {
+            return Ok(false);
+        }
+        let taken = Entity::update_many()
+            .col_expr(Column::Value, now.to_string().into())
+            .filter(Column::Name.eq(&name))
+            .filter(Column::Value.eq(done.value))
+            .exec(&self.db)
+            .await?;
+        Ok(taken.rows_affected > 0)
+    }
+
     /// For reading.
     pub fn db(&self) -> &DatabaseConnection {
         &self.db
@@ -392,32 +421,47 @@ pub async fn retry<T, F: Future<Output = Result<T, DbErr>>>(
 /// Rows of one INSERT: SQLite takes 32,766 values in one statement.
 pub const ROWS: usize = 500;
 
-/// Whether another transaction was in the way: deadlock (1213), lock wait (1205), SQLITE_BUSY (5).
+/// The number of an error of a MySQL server.
+fn number(error: &DbErr) -> Option<u16> {
+    let (DbErr::Conn(error) | DbErr::Exec(error) | DbErr::Query(error)) = error else {
+        return None;
+    };
+    let RuntimeErr::SqlxError(error) = error else { return None };
+    let error = error.as_database_error()?.try_downcast_ref::<MySqlDatabaseError>()?;
+    Some(error.number())
+}
+
+/// Whether another transaction was in the way: lock wait (1205), deadlock (1213), SQLITE_BUSY (5).
 fn is_contention(error: &DbErr) -> bool {
     let text = error.to_string();
-    ["1213", "1205", "database is locked", "database table is locked", "(code: 5)"]
-        .iter()
-        .any(|sign| text.contains(sign))
+    number(error).is_some_and(|number| matches!(number, 1205 | 1213))
+        || ["database is locked", "database table is locked", "(code: 5)"]
+            .iter()
+            .any(|sign| text.contains(sign))
 }
 
 /// When a connection was last told that its server only reads, in microseconds since 1970: those made
 /// before are not used again.
 static ONLY_READ_AT: AtomicI64 = AtomicI64::new(0);
 
-/// Takes note of an error that says that a server only reads (1290, 1792, 1836).
+/// Takes note of an error that says that a server only reads.
 pub fn note(error: &DbErr) {
-    let text = error.to_string();
-    if ONLY_READS.iter().any(|sign| text.contains(sign)) {
+    if number(error).is_some_and(|number| ONLY_READS.contains(&number)) {
         ONLY_READ_AT.store(now(), Relaxed);
     }
 }
 
-const ONLY_READS: [&str; 3] = ["1290", "1792", "1836"];
+/// `--read-only`, a transaction that only reads, `innodb_read_only`.
+const ONLY_READS: [u16; 3] = [1290, 1792, 1836];
+/// No room on the disk (1021) or in a table (1114); too many connections, of all (1040), of the user
+/// (1203) or of the account (1226); the server ends (1053); the connection (1927) or the statement
+/// (1317) was killed, or the latter took too long (1969, MySQL's 3024).
+const NOT_NOW: [u16; 10] = [1021, 1040, 1053, 1114, 1203, 1226, 1317, 1927, 1969, 3024];
 
 /// Whether the database could not be asked at all, or takes no changes now.
 pub fn is_away(error: &DbErr) -> bool {
     let text = error.to_string();
-    ONLY_READS.iter().any(|sign| text.contains(sign))
+    number(error).is_some_and(|number| ONLY_READS.contains(&number) || NOT_NOW.contains(&number))
         || matches!(error, DbErr::Conn(_) | DbErr::ConnectionAcquire(_))
         || is_contention(error)
         || ["readonly", "read-only", "disk is full", "disk I/O", "Io(", "error communicating"]

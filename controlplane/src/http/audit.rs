@@ -79,7 +79,8 @@ async fn list(
     Params(paging): Params<Paging>,
     Params(which): Params<Which>,
 ) -> Result<Json<Page<AuditView>>> {
-    let query = which.query()?.order_by_desc(audit::Column::Id);
+    let known = [("id", audit::Column::Id), ("at", audit::Column::At)];
+    let query = paging.sorted(which.query()?, "-id", &known)?;
     let value = |text: &str| match serde_json::from_str(text).unwrap_or_default() {
         serde_json::Value::Array(list) => serde_json::json!({ "value": list }),
         other => other,

@@ -234,6 +234,7 @@ async fn password(
     let edit = app.store.edit(caller.actor()).await?;
     let change = edit::password(edit.db(), caller.user.id, &hash).await?;
     edit.commit(change).await?;
+    crate::app::forget_first_password(&app.state, &caller.user.name);
     Ok(StatusCode::NO_CONTENT)
 }
 

@@ -6,7 +6,7 @@ use axum::{
     extract::{ConnectInfo, FromRequest, FromRequestParts, Path, Query, Request, rejection},
     http::{StatusCode, header, request::Parts},
 };
-use sea_orm::{DatabaseConnection, EntityTrait, PaginatorTrait, Select};
+use sea_orm::{DatabaseConnection, EntityTrait, PaginatorTrait, QueryOrder, Select};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use utoipa::{IntoParams, ToSchema};
 
@@ -93,6 +93,10 @@ pub struct Paging {
     #[serde(default = "page_size")]
     #[param(minimum = 1, maximum = 500)]
     pub page_size: u64,
+    /// By what the list is sorted; with `-` in front, backwards. What a list knows, it says when asked for
+    /// another.
+    #[param(max_length = 64)]
+    pub sort: Option<String>,
 }
 
 fn first() -> u64 {
@@ -115,6 +119,34 @@ impl Paging {
             return Err(Problem::new(StatusCode::BAD_REQUEST, text));
         }
         Ok((self.page_size, (self.page - 1) * self.page_size))
+    }
+
+    /// A query in the order that was asked for, or else in the first; those of equal values by number.
+    ///
+    /// # Errors
+    /// The list does not know it.
+    pub fn sorted<E: EntityTrait>(
+        &self,
+        query: Select<E>,
+        usual: &str,
+        known: &[(&str, E::Column)],
+    ) -> Result<Select<E>, Problem> {
+        let sort = self.sort.as_deref().unwrap_or(usual);
+        let (name, order) = match sort.strip_prefix('-') {
+            Some(name) => (name, sea_orm::Order::Desc),
+            None => (sort, sea_orm::Order::Asc),
+        };
+        let Some((_, column)) = known.iter().find(|(known, _)| *known == name) else {
+            let names: Vec<&str> = known.iter().map(|(name, _)| *name).collect();
+            let text =
+                format!("sort is one of {}, with - in front for backwards", names.join(", "));
+            return Err(Problem::new(StatusCode::BAD_REQUEST, text));
+        };
+        let query = query.order_by(*column, order.clone());
+        Ok(match known.first() {
+            Some((first, number)) if *first != name => query.order_by(*number, order),
+            _ => query,
+        })
     }
 
     /// That part of a query in its order, each row as it is shown.

@@ -5,8 +5,7 @@ use std::collections::HashSet;
 use axum::{Json, extract::State, http::StatusCode};
 use culvert_api::policy::{Access, Filter, PortRange};
 use sea_orm::{
-    ActiveModelTrait, ColumnTrait, EntityTrait, IntoActiveModel, QueryFilter, QueryOrder,
-    QuerySelect,
+    ActiveModelTrait, ColumnTrait, EntityTrait, IntoActiveModel, QueryFilter, QuerySelect,
 };
 use serde::{Deserialize, Serialize};
 use utoipa::{IntoParams, ToSchema};
@@ -217,7 +216,13 @@ async fn list(
     if let Some(action) = which.action {
         query = query.filter(filter::Column::Action.eq(name_of(&action)));
     }
-    paging.load(app.store.db(), query.order_by_asc(filter::Column::Id), view).await
+    let known = [
+        ("id", filter::Column::Id),
+        ("value", filter::Column::Value),
+        ("kind", filter::Column::Kind),
+        ("created_at", filter::Column::CreatedAt),
+    ];
+    paging.load(app.store.db(), paging.sorted(query, "id", &known)?, view).await
 }
 
 /// One filter.

@@ -1,9 +1,7 @@
 //! Rates of groups and by default; those of one user are part of the user.
 
 use axum::{Json, extract::State, http::StatusCode};
-use sea_orm::{
-    ActiveModelTrait, ColumnTrait, EntityTrait, IntoActiveModel, QueryFilter, QueryOrder, Set,
-};
+use sea_orm::{ActiveModelTrait, ColumnTrait, EntityTrait, IntoActiveModel, QueryFilter, Set};
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 use utoipa_axum::{router::OpenApiRouter, routes};
@@ -106,7 +104,8 @@ async fn list(
     Params(paging): Params<Paging>,
 ) -> Result<Json<Page<RatesView>>> {
     let query = limit::Entity::find().filter(limit::Column::Kind.ne("user"));
-    paging.load(app.store.db(), query.order_by_asc(limit::Column::Id), view).await
+    let known = [("id", limit::Column::Id), ("subject", limit::Column::Subject)];
+    paging.load(app.store.db(), paging.sorted(query, "id", &known)?, view).await
 }
 
 /// One.

@@ -125,7 +125,8 @@ async fn list(
     Params(paging): Params<Paging>,
     Params(which): Params<Which>,
 ) -> Result<Json<Page<LogView>>> {
-    let query = which.query(&caller)?.order_by_desc(log::Column::Id);
+    let known = [("id", log::Column::Id), ("at", log::Column::At)];
+    let query = paging.sorted(which.query(&caller)?, "-id", &known)?;
     paging.load(app.store.db(), query, view).await
 }
 
@@ -161,14 +162,15 @@ async fn export(
 
 /// Streams a CSV file: the head, then part after part, each asked for by the last number of the one
 /// before. A client whose database fails meanwhile sees that the file is not whole.
-pub(super) fn csv_response<F, P>(name: &'static str, head: &'static str, part: P) -> Response
+pub(super) fn csv_response<F, P>(name: &'static str, head: &str, part: P) -> Response
 where
     P: Fn(i64) -> F + Send + 'static,
     F: Future<Output = std::result::Result<Option<(i64, Vec<u8>)>, sea_orm::DbErr>> + Send,
 {
     let (sender, receiver) = tokio::sync::mpsc::channel::<std::io::Result<Vec<u8>>>(2);
+    let head = head.as_bytes().to_vec();
     tokio::spawn(async move {
-        let (mut after, mut sent) = (0, sender.send(Ok(head.into())).await);
+        let (mut after, mut sent) = (0, sender.send(Ok(head)).await);
         while sent.is_ok() {
             match part(after).await {
                 Ok(None) => return,
@@ -191,11 +193,16 @@ where
     (headers, HttpBody::from_stream(stream)).into_response()
 }
 
+/// The other way of [`cell`].
+pub(super) fn uncelled(text: &str) -> String {
+    let plain = text.strip_prefix('\'').filter(|rest| rest.starts_with(FORMULA));
+    plain.unwrap_or(text).to_owned()
+}
+
+/// What a formula begins with.
+const FORMULA: [char; 6] = ['=', '+', '-', '@', '\t', '\r'];
+
 /// A spreadsheet would run a cell that begins like a formula.
 pub(super) fn cell(text: &str) -> String {
-    if text.starts_with(['=', '+', '-', '@', '\t', '\r']) {
-        format!("'{text}")
-    } else {
-        text.into()
-    }
+    if text.starts_with(FORMULA) { format!("'{text}") } else { text.into() }
 }

@@ -4,8 +4,8 @@ use std::collections::HashMap;
 
 use axum::{Json, extract::State, http::StatusCode};
 use sea_orm::{
-    ColumnTrait, EntityTrait, ExprTrait, PaginatorTrait, QueryFilter, QueryOrder, QuerySelect,
-    Select, sea_query::Expr,
+    ColumnTrait, EntityTrait, ExprTrait, Order, PaginatorTrait, QueryFilter, QueryOrder,
+    QuerySelect, Select, sea_query::Expr,
 };
 use serde::{Deserialize, Serialize};
 use utoipa::{IntoParams, ToSchema};
@@ -75,8 +75,9 @@ async fn list(
     if !caller.is_admin() {
         query = query.filter(session::Column::UserId.eq(caller.user.id));
     }
-    let query = query
-        .order_by_asc(session::Column::NodeId)
+    let known = [("node_id", session::Column::NodeId), ("user_id", session::Column::UserId)];
+    let query = paging
+        .sorted(query, "node_id", &known)?
         .order_by_asc(session::Column::Boot)
         .order_by_asc(session::Column::Session);
     let view = |row: session::Model| SessionView {
@@ -110,6 +111,14 @@ async fn users(
     Params(paging): Params<Paging>,
 ) -> Result<Json<Page<OnlineUser>>> {
     let (size, skip) = paging.bounds()?;
+    let order = match paging.sort.as_deref() {
+        None | Some("-sessions") => Order::Desc,
+        Some("sessions") => Order::Asc,
+        Some(_) => {
+            let text = "sort is sessions, with - in front for backwards";
+            return Err(Problem::new(StatusCode::BAD_REQUEST, text));
+        }
+    };
     let (db, id) = (app.store.db(), session::Column::UserId);
     let named = running().filter(id.gt(0)).select_only();
     let total = named.clone().column(id).distinct().count(db).await?;
@@ -120,7 +129,7 @@ async fn users(
         .column_as(sessions.count(), "sessions")
         .column_as(distinct_nodes, "nodes")
         .group_by(id)
-        .order_by_desc(sessions.count())
+        .order_by(sessions.count(), order)
         .order_by_asc(id)
         .limit(size)
         .offset(skip)

@@ -3,7 +3,7 @@
 use axum::{Json, extract::State, http::StatusCode};
 use sea_orm::{
     ActiveModelTrait, ColumnTrait, DatabaseTransaction, DbErr, EntityTrait, IntoActiveModel,
-    QueryFilter, QueryOrder, Set,
+    QueryFilter, Set,
 };
 use serde::{Deserialize, Serialize};
 use utoipa::{IntoParams, ToSchema};
@@ -76,7 +76,13 @@ async fn list(
     _: Admin,
     Params(paging): Params<Paging>,
 ) -> Result<Json<Page<NodeView>>> {
-    let query = node::Entity::find().order_by_asc(node::Column::Id);
+    let known = [
+        ("id", node::Column::Id),
+        ("name", node::Column::Name),
+        ("status", node::Column::Status),
+        ("seen_at", node::Column::SeenAt),
+    ];
+    let query = paging.sorted(node::Entity::find(), "id", &known)?;
     paging.load(app.store.db(), query, view).await
 }
 
@@ -315,5 +321,6 @@ async fn heartbeats(
         ready: row.ready,
         uptime: row.uptime,
     };
-    paging.load(app.store.db(), query.order_by_desc(heartbeat::Column::At), view).await
+    let known = [("node_id", heartbeat::Column::NodeId), ("at", heartbeat::Column::At)];
+    paging.load(app.store.db(), paging.sorted(query, "-at", &known)?, view).await
 }

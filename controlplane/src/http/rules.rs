@@ -157,8 +157,13 @@ async fn list(
     _: Admin,
     Params(paging): Params<Paging>,
 ) -> Result<Json<Page<RuleView>>> {
-    let query = rule::Entity::find().order_by_asc(rule::Column::Position);
-    paging.load(app.store.db(), query.order_by_asc(rule::Column::Id), view).await
+    let known = [
+        ("id", rule::Column::Id),
+        ("position", rule::Column::Position),
+        ("name", rule::Column::Name),
+    ];
+    let query = paging.sorted(rule::Entity::find(), "position", &known)?;
+    paging.load(app.store.db(), query, view).await
 }
 
 /// One rule.

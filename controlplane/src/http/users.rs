@@ -7,8 +7,7 @@ use std::collections::HashMap;
 
 use axum::{Json, extract::State, http::StatusCode};
 use sea_orm::{
-    ColumnTrait, ConnectionTrait, EntityTrait, PaginatorTrait, QueryFilter, QueryOrder,
-    QuerySelect, Set,
+    ColumnTrait, ConnectionTrait, EntityTrait, PaginatorTrait, QueryFilter, QuerySelect, Set,
 };
 use serde::{Deserialize, Deserializer, Serialize};
 use time::{OffsetDateTime, format_description::well_known::Rfc3339};
@@ -283,8 +282,6 @@ struct Which {
     status: Option<Status>,
     /// Only these.
     role: Option<Role>,
-    /// `id`, `name` or `created_at`; with `-` in front, backwards.
-    sort: Option<String>,
 }
 
 /// All users.
@@ -309,18 +306,15 @@ async fn list(
         query = query.filter(user::Column::Role.eq(name_of(&role)));
     }
     let total = query.clone().count(app.store.db()).await?;
-    let sort = which.sort.as_deref().unwrap_or("id");
-    let column = match sort.trim_start_matches('-') {
-        "id" => user::Column::Id,
-        "name" => user::Column::Name,
-        "created_at" => user::Column::CreatedAt,
-        _ => {
-            let text = "sort is id, name or created_at, with - in front for backwards";
-            return Err(Problem::new(StatusCode::BAD_REQUEST, text));
-        }
-    };
-    let order = if sort.starts_with('-') { sea_orm::Order::Desc } else { sea_orm::Order::Asc };
-    let rows = query.order_by(column, order).limit(size).offset(skip).all(app.store.db()).await?;
+    let known = [
+        ("id", user::Column::Id),
+        ("name", user::Column::Name),
+        ("status", user::Column::Status),
+        ("expires_at", user::Column::ExpiresAt),
+        ("created_at", user::Column::CreatedAt),
+    ];
+    let query = paging.sorted(query, "id", &known)?;
+    let rows = query.limit(size).offset(skip).all(app.store.db()).await?;
     let ids: Vec<i64> = rows.iter().map(|user| user.id).collect();
     let mut rates = rates_of(app.store.db(), &ids).await?;
     let view = |user: user::Model| {
@@ -528,7 +522,9 @@ async fn password(
     check_password(&new.password).map_err(Problem::invalid)?;
     let hash = hash_password(new.password).await.ok_or_else(no_hash)?;
     let edit = app.store.edit(caller.actor()).await?;
+    let name = edit::find(edit.db(), id).await?.name;
     let change = edit::password(edit.db(), id, &hash).await?;
     edit.commit(change).await?;
+    crate::app::forget_first_password(&app.state, &name);
     Ok(StatusCode::NO_CONTENT)
 }

@@ -7,81 +7,105 @@ use std::{
     time::{SystemTime, UNIX_EPOCH},
 };
 
+use base64::{Engine, prelude::BASE64_URL_SAFE_NO_PAD};
 use serde_json::{Value, json};
 
 use crate::support::{PASSWORD, Planes, await_some, echo, on_each, ping};
 
-/// Every route, with what an anonymous caller, a user and an admin get at most: 1 is the right to ask,
-/// whatever the answer. RELIABILITY H: a new route without a line fails.
-const ROLES: &[(&str, &str, [bool; 3])] = &[
-    ("POST", "/auth/login", [true, true, true]),
-    ("POST", "/auth/refresh", [true, true, true]),
-    ("POST", "/auth/logout", [false, true, true]),
-    ("POST", "/auth/password", [false, true, true]),
-    ("GET", "/auth/me", [false, true, true]),
-    ("GET", "/users", [false, false, true]),
-    ("POST", "/users", [false, false, true]),
-    ("GET", "/users/export.csv", [false, false, true]),
-    ("POST", "/users/import", [false, false, true]),
-    ("GET", "/users/{id}", [false, false, true]),
-    ("PATCH", "/users/{id}", [false, false, true]),
-    ("DELETE", "/users/{id}", [false, false, true]),
-    ("POST", "/users/{id}/password", [false, false, true]),
-    ("GET", "/users/{id}/usage", [false, false, true]),
-    ("POST", "/users/{id}/usage/reset", [false, false, true]),
-    ("DELETE", "/users/{id}/totp", [false, false, true]),
-    ("POST", "/auth/totp", [false, true, true]),
-    ("POST", "/auth/totp/confirm", [false, true, true]),
-    ("POST", "/auth/totp/remove", [false, true, true]),
-    ("GET", "/traffic/summary", [false, true, true]),
-    ("GET", "/traffic/live", [false, false, true]),
-    ("GET", "/traffic/limits", [false, false, true]),
-    ("POST", "/traffic/limits", [false, false, true]),
-    ("GET", "/traffic/limits/{id}", [false, false, true]),
-    ("PUT", "/traffic/limits/{id}", [false, false, true]),
-    ("DELETE", "/traffic/limits/{id}", [false, false, true]),
-    ("GET", "/filters", [false, false, true]),
-    ("POST", "/filters", [false, false, true]),
-    ("GET", "/filters/{id}", [false, false, true]),
-    ("PUT", "/filters/{id}", [false, false, true]),
-    ("DELETE", "/filters/{id}", [false, false, true]),
-    ("POST", "/filters/import", [false, false, true]),
-    ("POST", "/filters/test", [false, false, true]),
-    ("GET", "/whitelist", [false, false, true]),
-    ("POST", "/whitelist", [false, false, true]),
-    ("DELETE", "/whitelist/{id}", [false, false, true]),
-    ("GET", "/rules", [false, false, true]),
-    ("POST", "/rules", [false, false, true]),
-    ("GET", "/rules/{id}", [false, false, true]),
-    ("PUT", "/rules/{id}", [false, false, true]),
-    ("DELETE", "/rules/{id}", [false, false, true]),
-    ("POST", "/rules/reorder", [false, false, true]),
-    ("POST", "/rules/test", [false, false, true]),
-    ("GET", "/settings", [false, false, true]),
-    ("PATCH", "/settings", [false, false, true]),
-    ("GET", "/online", [false, true, true]),
-    ("GET", "/online/users", [false, false, true]),
-    ("DELETE", "/online/{session}", [false, false, true]),
-    ("DELETE", "/online/users/{id}", [false, false, true]),
-    ("GET", "/logs/access", [false, true, true]),
-    ("GET", "/logs/access/export.csv", [false, true, true]),
-    ("GET", "/logs/audit", [false, false, true]),
-    ("GET", "/logs/audit/export.csv", [false, false, true]),
-    ("GET", "/proxy/nodes", [false, false, true]),
-    ("POST", "/proxy/nodes", [false, false, true]),
-    ("DELETE", "/proxy/nodes/{id}", [false, false, true]),
-    ("POST", "/proxy/nodes/{id}/drain", [false, false, true]),
-    ("POST", "/proxy/nodes/{id}/identity", [false, false, true]),
-    ("GET", "/proxy/health", [false, false, true]),
-    ("GET", "/proxy/heartbeats", [false, false, true]),
-    ("GET", "/system/info", [false, false, true]),
-    ("GET", "/system/stats", [false, false, true]),
+/// Who may ask, whatever the answer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd)]
+enum Right {
+    Anyone,
+    User,
+    /// A user of what is theirs.
+    Own,
+    Admin,
+}
+use Right::{Admin, Anyone, Own, User};
+
+/// Every route. RELIABILITY H3: a new one without a line fails.
+const ROLES: &[(&str, &str, Right)] = &[
+    ("POST", "/auth/login", Anyone),
+    ("POST", "/auth/refresh", Anyone),
+    ("POST", "/auth/logout", User),
+    ("POST", "/auth/password", User),
+    ("GET", "/auth/me", User),
+    ("GET", "/users", Admin),
+    ("POST", "/users", Admin),
+    ("GET", "/users/export.csv", Admin),
+    ("POST", "/users/import", Admin),
+    ("GET", "/users/{id}", Own),
+    ("PATCH", "/users/{id}", Admin),
+    ("DELETE", "/users/{id}", Admin),
+    ("POST", "/users/{id}/password", Admin),
+    ("GET", "/users/{id}/usage", Own),
+    ("POST", "/users/{id}/usage/reset", Admin),
+    ("DELETE", "/users/{id}/totp", Admin),
+    ("POST", "/auth/totp", User),
+    ("POST", "/auth/totp/confirm", User),
+    ("POST", "/auth/totp/remove", User),
+    ("GET", "/traffic/summary", User),
+    ("GET", "/traffic/live", Admin),
+    ("GET", "/traffic/limits", Admin),
+    ("POST", "/traffic/limits", Admin),
+    ("GET", "/traffic/limits/{id}", Admin),
+    ("PUT", "/traffic/limits/{id}", Admin),
+    ("DELETE", "/traffic/limits/{id}", Admin),
+    ("GET", "/filters", Admin),
+    ("POST", "/filters", Admin),
+    ("GET", "/filters/{id}", Admin),
+    ("PUT", "/filters/{id}", Admin),
+    ("DELETE", "/filters/{id}", Admin),
+    ("POST", "/filters/import", Admin),
+    ("POST", "/filters/test", Admin),
+    ("GET", "/whitelist", Admin),
+    ("POST", "/whitelist", Admin),
+    ("GET", "/whitelist/{id}", Admin),
+    ("PUT", "/whitelist/{id}", Admin),
+    ("DELETE", "/whitelist/{id}", Admin),
+    ("GET", "/rules", Admin),
+    ("POST", "/rules", Admin),
+    ("GET", "/rules/{id}", Admin),
+    ("PUT", "/rules/{id}", Admin),
+    ("DELETE", "/rules/{id}", Admin),
+    ("POST", "/rules/reorder", Admin),
+    ("POST", "/rules/test", Admin),
+    ("GET", "/settings", Admin),
+    ("PATCH", "/settings", Admin),
+    ("GET", "/online", User),
+    ("GET", "/online/users", Admin),
+    ("DELETE", "/online/{session}", Admin),
+    ("DELETE", "/online/users/{id}", Admin),
+    ("GET", "/logs/access", User),
+    ("GET", "/logs/access/export.csv", User),
+    ("GET", "/logs/audit", Admin),
+    ("GET", "/logs/audit/export.csv", Admin),
+    ("GET", "/proxy/nodes", Admin),
+    ("POST", "/proxy/nodes", Admin),
+    ("DELETE", "/proxy/nodes/{id}", Admin),
+    ("POST", "/proxy/nodes/{id}/drain", Admin),
+    ("POST", "/proxy/nodes/{id}/identity", Admin),
+    ("GET", "/proxy/health", Admin),
+    ("GET", "/proxy/heartbeats", Admin),
+    ("GET", "/system/info", Admin),
+    ("GET", "/system/stats", Admin),
 ];
 
 fn document(planes: &Planes) -> Value {
     let (status, text) = planes.raw("", "GET", "/api/v1/openapi.json", None);
     assert_eq!(status, 200);
     serde_json::from_str(&text).unwrap()
+}
+
+/// A token of the control plane's own key, of a user as another token says, with other claims.
+fn forged(planes: &Planes, token: &str, change: impl FnOnce(&mut Value)) -> String {
+    let body = token.split('.').nth(1).unwrap();
+    let mut claims: Value =
+        serde_json::from_slice(&BASE64_URL_SAFE_NO_PAD.decode(body).unwrap()).unwrap();
+    change(&mut claims);
+    let key = std::fs::read(planes.state().join("jwt.key")).unwrap();
+    let key = jsonwebtoken::EncodingKey::from_secret(&key);
+    jsonwebtoken::encode(&jsonwebtoken::Header::default(), &claims, &key).unwrap()
 }
 
 #[test]
@@ -95,28 +119,223 @@ fn every_route_asks_who_calls() {
             })
         });
         let ids = ["ann", "bob", "cem"].map(|name| planes.user(name, json!({})));
-        let body = json!({ "status": "disabled" });
-        let old = planes.login("cem", PASSWORD).unwrap();
-        planes.must("PATCH", &format!("/users/{}", ids[2]), body);
+        let disabled = planes.login("cem", PASSWORD).unwrap();
+        planes.must("PATCH", &format!("/users/{}", ids[2]), json!({ "status": "disabled" }));
         for (method, path) in routes {
             let line = ROLES.iter().find(|line| (line.0, line.1) == (&*method, &*path));
-            let Some((.., may)) = line else { panic!("no line for {method} {path}") };
-            // Somebody else's, and nothing that is there.
-            let at = if path.starts_with("/users") { &ids[1] } else { "999999" };
-            let path = path.replace("{id}", at).replace("{session}", "1-1");
-            let ann = planes.login("ann", PASSWORD).unwrap();
-            let ask = |token: &str| planes.ask_as(token, &method, &path, Some(&json!({}))).0;
-            let (anonymous, user, expired) = (ask(""), ask(&ann), ask(&old));
+            let Some((.., right)) = line else { panic!("no line for {method} {path}") };
+            // Whose, and of what else nothing that is there.
+            let of = |id: &str| {
+                let id = if path.starts_with("/users") { id } else { "999999" };
+                path.replace("{id}", id).replace("{session}", "1-1-1")
+            };
+            let (theirs, mine) = (of(&ids[1]), of(&ids[0]));
+            // What was called before may have ended the tokens.
+            let token = || planes.login("ann", PASSWORD).unwrap();
+            let ask =
+                |token: &str, path: &str| planes.ask_as(token, &method, path, Some(&json!({}))).0;
             // A login without a name is refused as such.
-            let is_open = path.starts_with("/auth/login") || path.starts_with("/auth/refresh");
-            assert_eq!(anonymous == 401 && !is_open, !may[0], "{method} {path}: {anonymous}");
-            assert_eq!(expired == 401 && !is_open, !may[0], "{method} {path}: {expired}");
-            assert_eq!(user == 403, !may[1], "{method} {path} as a user: {user}");
+            let opens = *right == Anyone && !path.ends_with("/logout");
+            let expired = forged(&planes, &token(), |claims| {
+                claims["exp"] = json!(claims["iat"].as_i64().unwrap() - 1);
+            });
+            for (who, token) in [("nobody", ""), ("disabled", &disabled), ("expired", &expired)] {
+                let status = ask(token, &theirs);
+                assert!(opens || status == 401, "{method} {path} by {who}: {status}");
+            }
+            let status = ask(&token(), &theirs);
+            assert_eq!(status == 403, *right >= Own, "{method} {path} of another: {status}");
+            let status = ask(&token(), &mine);
+            assert_eq!(status == 403, *right == Admin, "{method} {path} of their own: {status}");
+            // What it sends has no end.
+            if path != "/traffic/live" {
+                let status = ask(&planes.login_admin(), &theirs);
+                assert!(
+                    opens || ![401, 403].contains(&status),
+                    "{method} {path} by an admin: {status}"
+                );
+            }
         }
-        let mine = format!("/users/{}", ids[0]);
-        let ann = planes.login("ann", PASSWORD).unwrap();
-        assert_eq!(planes.ask_as(&ann, "GET", &mine, None).1["name"], "ann");
-        assert_eq!(planes.ask_as(&ann, "GET", &format!("{mine}/usage"), None).0, 200);
+    });
+}
+
+/// RELIABILITY H2: a token is what it says, to whom it says, by whom it says.
+#[test]
+fn tokens_are_checked_whole() {
+    on_each(|planes| {
+        planes.user("ann", json!({}));
+        let token = planes.login("ann", PASSWORD).unwrap();
+        let status = |token: &str| planes.ask_as(token, "GET", "/auth/me", None).0;
+        assert_eq!((status(&token), status(&forged(&planes, &token, |_| {}))), (200, 200));
+        for (claim, value) in [
+            ("iss", json!("somebody")),
+            ("aud", json!("something")),
+            ("exp", json!(1)),
+            ("iat", json!(i64::MAX)),
+            ("sub", json!("999999")),
+            ("sub", json!("1; drop")),
+            ("epoch", json!(1)),
+            ("exp", Value::Null),
+            ("aud", Value::Null),
+        ] {
+            let forged = forged(&planes, &token, |claims| claims[claim] = value.clone());
+            assert_eq!(status(&forged), 401, "{claim} {value}");
+        }
+    });
+}
+
+/// A refresh token is good once; one that comes again ends what came of it.
+#[test]
+fn a_refresh_token_is_good_once() {
+    on_each(|planes| {
+        planes.user("ann", json!({}));
+        let folder = tempfile::tempdir().unwrap();
+        let jar = |name: &str| folder.path().join(name);
+        let post = |path: &str, body: &str, from: &str, to: &str| {
+            let output = Command::new("curl")
+                .args(["-s", "-i", "--max-time", "20", "-H", "Content-Type: application/json"])
+                .args(["-X", "POST", "-d", body, "-b"])
+                .arg(jar(from))
+                .arg("-c")
+                .arg(jar(to))
+                .arg(format!("http://{}/api/v1/auth/{path}", planes.api))
+                .output()
+                .unwrap();
+            let text = String::from_utf8(output.stdout).unwrap();
+            let status: u16 = text.split(' ').nth(1).unwrap().parse().unwrap();
+            let token =
+                text.split("\"access_token\":\"").nth(1).and_then(|rest| rest.split('"').next());
+            (status, token.unwrap_or_default().to_owned(), text)
+        };
+        let status = |token: &str| planes.ask_as(token, "GET", "/auth/me", None).0;
+        let login = json!({ "username": "ann", "password": PASSWORD }).to_string();
+        let (_, _, answer) = post("login", &login, "none", "first");
+        let cookie = answer.lines().find(|line| line.starts_with("set-cookie:")).unwrap();
+        for part in ["HttpOnly", "SameSite=Strict", "Path=/api/v1/auth"] {
+            assert!(cookie.contains(part), "{cookie}");
+        }
+        let (renewed, token, _) = post("refresh", "", "first", "second");
+        assert_eq!((renewed, status(&token)), (200, 200));
+        let (renewed, token, _) = post("refresh", "", "second", "third");
+        assert_eq!((renewed, status(&token)), (200, 200));
+        // The first again: somebody has taken it.
+        assert_eq!(post("refresh", "", "first", "none").0, 401);
+        assert_eq!(status(&token), 401);
+        assert_eq!(post("refresh", "", "third", "none").0, 401);
+        assert_eq!(post("refresh", "", "none", "none").0, 401);
+    });
+}
+
+/// RELIABILITY H4 and what an operator scrapes.
+#[test]
+fn answers_are_guarded_and_counted() {
+    on_each(|planes| {
+        let curl = |path: &str| {
+            let url = format!("http://{}{path}", planes.api);
+            let output = Command::new("curl").args(["-s", "-i", "--max-time", "20", &url]).output();
+            String::from_utf8(output.unwrap().stdout).unwrap()
+        };
+        let docs = curl("/api/docs/");
+        assert!(docs.starts_with("HTTP/1.1 200"), "{docs}");
+        assert!(docs.contains("content-security-policy: default-src 'self'"), "{docs}");
+        let missing = curl("/api/v1/users");
+        for part in ["401", "x-content-type-options: nosniff", "cache-control: no-store"] {
+            assert!(missing.contains(part), "{missing}");
+        }
+        let _node = planes.node("edge");
+        let metrics = await_some("a node", || {
+            let metrics = curl("/metrics");
+            metrics.contains("culvert_control_nodes_connected 1").then_some(metrics)
+        });
+        for part in [
+            "culvert_control_database_up 1",
+            "culvert_control_generation ",
+            "culvert_control_requests_total{status=\"4xx\"} ",
+            "culvert_control_records_total ",
+            "culvert_control_build_info{version=",
+        ] {
+            assert!(metrics.contains(part), "no {part} in {metrics}");
+        }
+    });
+}
+
+/// What is exported can be imported, with all limits; a spreadsheet runs none of it.
+#[test]
+fn users_go_out_and_come_back() {
+    on_each(|planes| {
+        let limits = json!({
+            "up": 1000, "down": 2000, "burst": 3000, "sessions": 4, "new_sessions_per_second": 5,
+            "devices": 6, "source_addresses": ["10.0.0.0/8", "192.0.2.1/32"],
+            "egress_address": "192.0.2.9", "quota_bytes": 7000, "quota_period": "week",
+        });
+        let more = json!({
+            "limits": limits, "groups": ["a", "b"], "comment": "=1+1, \"said\"\r\nand more",
+            "expires_at": "2099-01-01T00:00:00Z", "proxy_access": false, "role": "admin",
+        });
+        let id = planes.user("-ann", more);
+        let before = planes.must("GET", &format!("/users/{id}"), Value::Null);
+        let (_, csv) = planes.raw(&planes.token, "GET", "/api/v1/users/export.csv", None);
+        assert!(csv.contains("\n'-ann,") && csv.contains("\"'=1+1, \"\"said\"\""), "{csv}");
+        planes.must("DELETE", &format!("/users/{id}"), Value::Null);
+        // The password is a column that is not exported; the first line after the head is the admin.
+        let mut reader = csv::Reader::from_reader(csv.as_bytes());
+        let mut writer = csv::Writer::from_writer(Vec::new());
+        let mut head = reader.headers().unwrap().clone();
+        head.push_field("password");
+        writer.write_record(&head).unwrap();
+        for mut row in reader.records().map(Result::unwrap).filter(|row| &row[0] == "'-ann") {
+            row.push_field("a long password");
+            writer.write_record(&row).unwrap();
+        }
+        let csv = String::from_utf8(writer.into_inner().unwrap()).unwrap();
+        let (status, answer) = planes.import("/api/v1/users/import", &csv);
+        assert_eq!(status, 201, "{answer}");
+        let mut after = planes.must("GET", "/users?q=-ann", Value::Null)["items"][0].clone();
+        for key in ["id", "created_at", "updated_at"] {
+            after[key] = before[key].clone();
+        }
+        assert_eq!(after, before);
+    });
+}
+
+#[test]
+fn lists_are_sorted_and_say_by_what() {
+    on_each(|planes| {
+        for name in ["b", "a", "c"] {
+            planes.user(name, json!({}));
+            let entry =
+                json!({ "cidr": format!("10.0.0.{}", name.as_bytes()[0]), "comment": name });
+            planes.must("POST", "/whitelist", entry);
+        }
+        let sorted = |path: &str, key: &str| {
+            let list = planes.must("GET", path, Value::Null);
+            let items = list["items"].as_array().unwrap().iter();
+            items.map(|item| item[key].as_str().unwrap().to_owned()).collect::<Vec<_>>()
+        };
+        assert_eq!(sorted("/users?sort=-name", "name"), ["c", "b", "admin", "a"]);
+        assert_eq!(sorted("/whitelist?sort=cidr&q=10.0", "comment"), ["a", "b", "c"]);
+        assert_eq!(sorted("/whitelist?q=b", "comment"), ["b"]);
+        let (status, told) = planes.ask("GET", "/whitelist?sort=moon", None);
+        assert_eq!(status, 400);
+        assert!(told["detail"].as_str().unwrap().contains("id, cidr, created_at"), "{told}");
+        let list = planes.must("GET", "/whitelist", Value::Null);
+        let path = format!("/whitelist/{}", list["items"][0]["id"].as_str().unwrap());
+        let entry = planes.must("PUT", &path, json!({ "cidr": "192.0.2.0/24" }));
+        assert_eq!(entry["cidr"], "192.0.2.0/24");
+        assert_eq!(planes.must("GET", &path, Value::Null), entry);
+    });
+}
+
+/// The file with the first password is there as long as that is good.
+#[test]
+fn the_first_password_is_forgotten_with_its_use() {
+    on_each(|planes| {
+        let file = planes.state().join("initial-admin");
+        assert!(file.exists());
+        let (done, told) = planes.command(&["user", "passwd", "admin"], "quite another one");
+        assert!(done, "{told}");
+        assert!(!file.exists());
+        assert!(planes.login("admin", "quite another one").is_ok());
     });
 }
 
@@ -235,7 +454,7 @@ fn users_are_imported_together_or_not_at_all() {
         assert_eq!(planes.must("GET", "/users?q=new", Value::Null)["total"], 0);
         let (status, csv) = planes.raw(&planes.token, "GET", "/api/v1/users/export.csv", None);
         assert_eq!((status, csv.lines().count()), (200, 1 + 1 + 20));
-        assert!(csv.contains("user7,user,active,true,,a b,1000,month,"), "{csv}");
+        assert!(csv.contains("user7,user,active,true,,a b,,,,,,,,,1000,month,,"), "{csv}");
     });
 }
 

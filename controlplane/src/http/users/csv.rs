@@ -2,7 +2,7 @@
 
 use axum::{Json, extract::State, http::StatusCode, response::Response};
 use sea_orm::{ColumnTrait, EntityTrait, QueryFilter, QueryOrder, QuerySelect, Set};
-use serde::Serialize;
+use serde::{Serialize, de::DeserializeOwned};
 use utoipa::ToSchema;
 use utoipa_axum::{router::OpenApiRouter, routes};
 
@@ -10,12 +10,12 @@ use super::{
     super::{
         Admin, App, Problem,
         auth::no_hash,
-        logs::{cell, csv_response},
+        logs::{cell, csv_response, uncelled},
         problem::Result,
     },
-    Period, UserLimits, UserView, check_comment, check_groups, check_name,
+    Role, Status, UserLimits, UserView, check_comment, check_groups, check_name,
     edit::insert,
-    json, time_of, time_text,
+    json, name_of, rates_of, time_of,
 };
 use crate::{
     auth::{check_password, hash_password},
@@ -31,39 +31,77 @@ const PART: u64 = 1000;
 /// Users of one import: each password takes a hash of about 50 ms.
 const IMPORT_MAX: usize = 1000;
 
-/// All users as CSV, streamed; without passwords.
+/// The columns of both, but for the password, which only comes in.
+const COLUMNS: [&str; 19] = [
+    "name",
+    "role",
+    "status",
+    "proxy_access",
+    "expires_at",
+    "groups",
+    "up",
+    "down",
+    "burst",
+    "sessions",
+    "new_sessions_per_second",
+    "devices",
+    "source_addresses",
+    "egress_address",
+    "quota_bytes",
+    "quota_period",
+    "comment",
+    "id",
+    "password",
+];
+
+/// All users as CSV, streamed; without passwords. An import takes the same columns.
 #[utoipa::path(get, path = "/users/export.csv", tag = "users",
     responses((status = 200, body = String, content_type = "text/csv"), (status = 401, body = Problem), (status = 403, body = Problem), (status = 503, body = Problem)))]
 async fn export(State(app): State<App>, _: Admin) -> Result<Response> {
-    let head =
-        "id,name,role,status,proxy_access,expires_at,groups,quota_bytes,quota_period,comment\n";
+    let head = COLUMNS[..COLUMNS.len() - 1].join(",") + "\n";
     let part = move |after: i64| {
         let app = app.clone();
         async move {
             let part = user::Entity::find().filter(user::Column::Id.gt(after));
             let rows = part.order_by_asc(user::Column::Id).limit(PART).all(app.store.db()).await?;
             let Some(last) = rows.last().map(|user| user.id) else { return Ok(None) };
+            let ids: Vec<i64> = rows.iter().map(|user| user.id).collect();
+            let mut rates = rates_of(app.store.db(), &ids).await?;
             let mut writer = csv::Writer::from_writer(Vec::new());
             for user in rows {
-                let groups: Vec<String> = serde_json::from_str(&user.groups).unwrap_or_default();
-                let number = |number: Option<i64>| number.map_or(String::new(), |n| n.to_string());
-                let _ = writer.write_record([
-                    user.id.to_string(),
-                    cell(&user.name),
-                    user.role,
-                    user.status,
-                    user.proxy_access.to_string(),
-                    user.expires_at.map_or(String::new(), time_text),
-                    cell(&groups.join(" ")),
-                    number(user.quota_bytes),
-                    user.quota_period.unwrap_or_default(),
-                    cell(&user.comment),
-                ]);
+                let rates = rates.remove(&user.id);
+                let _ = writer.write_record(cells(UserView::new(user, rates)));
             }
             Ok(Some((last, writer.into_inner().unwrap_or_default())))
         }
     };
-    Ok(csv_response("users.csv", head, part))
+    Ok(csv_response("users.csv", &head, part))
+}
+
+/// A user's line.
+fn cells(user: UserView) -> [String; 18] {
+    let number = |number: Option<i64>| number.map_or(String::new(), |n| n.to_string());
+    let limits = user.limits;
+    [
+        cell(&user.name),
+        name_of(&user.role),
+        name_of(&user.status),
+        user.proxy_access.to_string(),
+        user.expires_at.unwrap_or_default(),
+        cell(&user.groups.join(" ")),
+        number(limits.up),
+        number(limits.down),
+        number(limits.burst),
+        number(limits.sessions),
+        number(limits.new_sessions_per_second),
+        number(limits.devices),
+        limits.source_addresses.join(" "),
+        limits.egress_address.unwrap_or_default(),
+        number(limits.quota_bytes),
+        limits.quota_period.map_or(String::new(), |period| name_of(&period)),
+        cell(&user.comment),
+        user.id,
+    ]
 }
 
 /// What an import did.
@@ -73,8 +111,9 @@ struct Imported {
     created: usize,
 }
 
-/// Many users at once: CSV with a head, of which `name` and `password` are needed and `groups` (separated by
-/// spaces), `expires_at`, `quota_bytes`, `quota_period` and `comment` are known. All or none are made.
+/// Many users at once: CSV with a head that names columns as an export has them, of which `name` and
+/// `password` are needed; what is empty is not limited, and `id` is passed over. Groups and source addresses
+/// are separated by spaces. At most 1,000; all or none are made.
 #[utoipa::path(post, path = "/users/import", tag = "users", request_body(content = String, content_type = "text/csv"),
     responses((status = 201, body = Imported), (status = 400, body = Problem), (status = 401, body = Problem), (status = 403, body = Problem), (status = 409, body = Problem),
         (status = 413, body = Problem), (status = 415, body = Problem), (status = 422, body = Problem), (status = 503, body = Problem)))]
@@ -99,7 +138,9 @@ async fn import(
     let edit = app.store.edit(caller.actor()).await?;
     let (mut ids, mut views) = (Vec::new(), Vec::new());
     for (row, hash) in &hashed {
-        let mut new = crate::app::new_user(&row.name, hash, "user");
+        let mut new = crate::app::new_user(&row.name, hash, &name_of(&row.role));
+        new.status = Set(name_of(&row.status));
+        new.proxy_access = Set(row.proxy_access.unwrap_or(row.role == Role::User));
         new.groups = Set(json(&row.groups));
         new.expires_at = Set(row.expires_at);
         new.comment = Set(row.comment.clone());
@@ -120,6 +161,9 @@ async fn import(
 struct ImportRow {
     name: String,
     password: String,
+    role: Role,
+    status: Status,
+    proxy_access: Option<bool>,
     groups: Vec<String>,
     expires_at: Option<i64>,
     limits: UserLimits,
@@ -130,47 +174,76 @@ fn parse_import(text: &str) -> Result<Vec<ImportRow>> {
     let mut reader = csv::Reader::from_reader(text.as_bytes());
     let bad = |line: u64, detail: String| Problem::invalid(format!("line {line}: {detail}"));
     let head = reader.headers().map_err(|error| bad(1, error.to_string()))?.clone();
-    let known =
-        ["name", "password", "groups", "expires_at", "quota_bytes", "quota_period", "comment"];
-    if let Some(column) = head.iter().find(|column| !known.contains(column)) {
-        return Err(bad(1, format!("unknown column `{column}`; known are {}", known.join(", "))));
+    if let Some(column) = head.iter().find(|column| !COLUMNS.contains(column)) {
+        return Err(bad(1, format!("unknown column `{column}`; known are {}", COLUMNS.join(", "))));
     }
     let mut rows = Vec::new();
     for record in reader.records() {
         let record = record.map_err(|error| Problem::invalid(error.to_string()))?;
         let line = record.position().map_or(0, csv::Position::line);
-        let get = |name: &str| {
+        let row = parse_row(&|name| {
             let at = head.iter().position(|column| column == name);
-            at.and_then(|at| record.get(at)).unwrap_or("").to_owned()
-        };
-        let (name, password, comment) = (get("name"), get("password"), get("comment"));
-        let groups: Vec<String> = get("groups").split_whitespace().map(str::to_owned).collect();
-        let checked = check_name(&name)
-            .and_then(|()| check_password(&password).map_err(Problem::invalid))
-            .and_then(|()| check_groups(&groups))
-            .and_then(|()| check_comment(&comment));
-        checked.map_err(|problem| bad(line, problem.detail))?;
-        let expires_at = Some(get("expires_at")).filter(|text| !text.is_empty());
-        let expires_at = expires_at.map(|text| time_of(&text)).transpose();
-        let quota = get("quota_bytes");
-        let period = get("quota_period");
-        let limits = UserLimits {
-            quota_bytes: match quota.as_str() {
-                "" => None,
-                text => Some(text.parse().map_err(|_| bad(line, "quota_bytes".into()))?),
-            },
-            quota_period: match period.as_str() {
-                "" => None,
-                text => Some(Period::of(text).ok_or_else(|| bad(line, "quota_period".into()))?),
-            },
-            ..UserLimits::default()
-        };
-        limits.check().map_err(|problem| bad(line, problem.detail))?;
-        let expires_at = expires_at.map_err(|problem| bad(line, problem.detail))?;
-        rows.push(ImportRow { name, password, groups, expires_at, limits, comment });
+            at.and_then(|at| record.get(at)).unwrap_or("")
+        });
+        rows.push(row.map_err(|problem| bad(line, problem.detail))?);
         if rows.len() > IMPORT_MAX {
             return Err(Problem::invalid(format!("at most {IMPORT_MAX} users at once")));
         }
     }
     Ok(rows)
+}
+
+/// A line, given what is in its columns.
+fn parse_row<'a>(get: &dyn Fn(&str) -> &'a str) -> Result<ImportRow> {
+    fn word<T: DeserializeOwned>(name: &str, text: &str) -> Result<Option<T>> {
+        if text.is_empty() {
+            return Ok(None);
+        }
+        let word = serde_json::from_value(serde_json::Value::String(text.to_owned()));
+        word.map(Some).map_err(|error| Problem::invalid(format!("{name}: {error}")))
+    }
+    let number = |name: &str| match get(name) {
+        "" => Ok(None),
+        text => text
+            .parse()
+            .map(Some)
+            .map_err(|_| Problem::invalid(format!("{name}: `{text}` is no whole number"))),
+    };
+    let words = |text: &str| text.split_whitespace().map(str::to_owned).collect::<Vec<_>>();
+    let optional = |text: &str| Some(text.to_owned()).filter(|text| !text.is_empty());
+    let row = ImportRow {
+        name: uncelled(get("name")),
+        password: get("password").to_owned(),
+        role: word("role", get("role"))?.unwrap_or_default(),
+        status: word("status", get("status"))?.unwrap_or_default(),
+        proxy_access: match get("proxy_access") {
+            "" => None,
+            "true" => Some(true),
+            "false" => Some(false),
+            text => {
+                return Err(Problem::invalid(format!("proxy_access: `{text}`, not true or false")));
+            }
+        },
+        groups: words(&uncelled(get("groups"))),
+        expires_at: optional(get("expires_at")).map(|text| time_of(&text)).transpose()?,
+        limits: UserLimits {
+            up: number("up")?,
+            down: number("down")?,
+            burst: number("burst")?,
+            sessions: number("sessions")?,
+            new_sessions_per_second: number("new_sessions_per_second")?,
+            devices: number("devices")?,
+            source_addresses: words(get("source_addresses")),
+            egress_address: optional(get("egress_address")),
+            quota_bytes: number("quota_bytes")?,
+            quota_period: word("quota_period", get("quota_period"))?,
+        },
+        comment: uncelled(get("comment")),
+    };
+    check_name(&row.name)?;
+    check_password(&row.password).map_err(Problem::invalid)?;
+    check_groups(&row.groups)?;
+    check_comment(&row.comment)?;
+    row.limits.check()?;
+    Ok(row)
 }
