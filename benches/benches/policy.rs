@@ -39,6 +39,7 @@ fn judge(snapshot: &Snapshot, user: &str, target: &Target) {
         client: [198, 51, 100, 1].into(),
         protocol: Protocol::Socks5,
         target,
+        at: 1_800_000_000,
     };
     black_box(snapshot.authorize(black_box(query), &[], 1_800_000_000));
 }

@@ -323,7 +323,7 @@ impl Hub {
             .await?;
         let begun = boot::Entity::find_by_id((row.id, row.boot)).one(self.store.db()).await?;
         let command = begun.map_or(0, |boot| boot.command);
-        Ok(Node { row, shown, command, taken_back: HashSet::new() })
+        Ok(Node { row, shown, command, was_away: true, taken_back: HashSet::new() })
     }
 
     async fn enrol(&self, name: &str) -> Result<node::Model, Gone> {
@@ -580,7 +580,7 @@ impl Hub {
             .await;
         // The database may be away for a moment; commands wait.
         let Ok(rows) = rows else { return Ok(()) };
-        let told = node.command;
+        let (told, late) = (node.command, std::mem::take(&mut node.was_away));
         for row in rows {
             node.command = row.id;
             let argument = row.argument.cast_unsigned();
@@ -596,7 +596,10 @@ impl Hub {
                 }
                 None => continue,
             };
-            peer.send(down::Body::Command(link::Command { kind: Some(kind) })).await?;
+            // One that comes late may come again; clocks of control planes differ, so others say none.
+            let age_ms = if late { u64::try_from((now() - row.at) / 1000).unwrap_or(0) } else { 0 };
+            let command = link::Command { kind: Some(kind), age_ms };
+            peer.send(down::Body::Command(command)).await?;
         }
         if node.command != told {
             let (id, boot) = node.key();
@@ -674,6 +677,8 @@ struct Node {
     shown: Option<String>,
     /// The last command that this boot was told.
     command: i64,
+    /// It has not been told yet what was asked of it before it connected.
+    was_away: bool,
     /// Users of whose leases some was taken back, until it has told what it still holds.
     taken_back: HashSet<u64>,
 }

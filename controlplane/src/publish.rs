@@ -318,3 +318,39 @@ async fn of_nodes(
     };
     Ok(rows.into_iter().map(of_node).collect())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_users_rates_are_their_own_then_the_groups_then_the_default() {
+        let row = |kind: &str, subject: &str, [up, down, burst]: [Option<i64>; 3]| {
+            let row = bandwidth_limit::Model {
+                id: 0,
+                kind: kind.into(),
+                subject: subject.into(),
+                up,
+                down,
+                burst,
+                updated_at: 0,
+            };
+            ((row.kind.clone(), row.subject.clone()), row)
+        };
+        let rates = Rates(HashMap::from([
+            row("user", "7", [Some(1), None, None]),
+            row("group", "slow", [Some(10), Some(20), Some(5)]),
+            row("group", "fast", [Some(100), None, Some(2)]),
+            row("default", "", [Some(3), Some(4), None]),
+        ]));
+        let of = |user: i64, groups: &[&str]| {
+            let groups: Vec<String> = groups.iter().map(|group| (*group).to_owned()).collect();
+            rates.of(user, &groups)
+        };
+        assert_eq!(of(7, &["slow"]), [Some(1), None, None]);
+        assert_eq!(of(8, &["slow"]), [Some(10), Some(20), Some(5)]);
+        assert_eq!(of(8, &["slow", "fast", "none"]), [Some(100), None, Some(5)]);
+        assert_eq!(of(8, &["none"]), [Some(3), Some(4), None]);
+        assert_eq!(Rates(HashMap::new()).of(8, &[]), [None; 3]);
+    }
+}

@@ -474,9 +474,11 @@ impl Follower {
                     !safe
                 });
             }
-            down::Body::Command(link::Command { kind: Some(kind) }) => match kind {
+            down::Body::Command(link::Command { kind: Some(kind), age_ms }) => match kind {
                 command::Kind::EndSession(id) => drop(node.end_session(id)),
-                command::Kind::EndUser(user) => node.end_user(user),
+                command::Kind::EndUser(user) => {
+                    node.end_user(user, Duration::from_millis(age_ms));
+                }
                 command::Kind::Drain(_) => drop(node.drain.try_send(())),
             },
             down::Body::Welcome(_)

@@ -408,9 +408,9 @@ impl Node {
         }
     }
 
-    /// Ends all sessions of a user.
-    pub fn end_user(&self, user: u64) {
-        self.tell(|| Message::EndUser(user, Cause::Kicked));
+    /// Ends the sessions of a user that are so old.
+    pub fn end_user(&self, user: u64, age: Duration) {
+        self.tell(|| Message::EndUser(user, age, Cause::Kicked));
     }
 
     /// Bytes moved since the start, to targets and to clients.

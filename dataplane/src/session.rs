@@ -46,7 +46,7 @@ pub struct Session {
     client: Socket,
     peer: SocketAddr,
     watch: Watch,
-    meter: Meter,
+    meter: Rc<Meter>,
     live: Rc<Live>,
     times: Times,
     /// Bytes received and not yet used.
@@ -122,13 +122,15 @@ impl Session {
         }
         let times =
             Times { accepted: Instant::now(), wall: SystemTime::now(), requested: Cell::new(None) };
-        let live = Live::enter(&worker, (index, &listener), accepted.peer, &watch, times.accepted);
+        let meter = Rc::new(worker.ledger.open().ok_or(io::ErrorKind::QuotaExceeded)?);
+        let at = (index, &listener);
+        let live = Live::enter(&worker, at, accepted.peer, &watch, &meter, times.accepted);
         if worker.is_draining() {
             // The drain came between accept and now.
             watch.stop(Cause::Drained.code());
         }
         Ok(Self {
-            meter: worker.ledger.open().ok_or(io::ErrorKind::QuotaExceeded)?,
+            meter,
             client,
             peer: accepted.peer,
             watch,

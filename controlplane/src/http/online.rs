@@ -35,7 +35,7 @@ struct SessionView {
     node_id: String,
     /// The user.
     user_id: Option<String>,
-    /// What the node tells of it: client, target, protocol, rule, seconds.
+    /// What the node tells of it: client, target, protocol, rule, bytes_up, bytes_down, seconds.
     #[schema(value_type = Object)]
     session: serde_json::Value,
 }

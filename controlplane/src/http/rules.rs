@@ -44,7 +44,8 @@ struct RuleBody {
     #[schema(min_length = 1, max_length = 255)]
     name: String,
     /// Conditions: lists under `user`, `group`, `client`, `protocol`, `domain`, `domain_suffix`,
-    /// `domain_keyword`, `domain_regex`, `cidr`, `port`; all that are given must hold.
+    /// `domain_keyword`, `domain_regex`, `cidr`, `port`, `time` (such as `08:00-18:30`, in the zone of the
+    /// settings) and `weekday` (such as `mon`); all that are given must hold.
     #[serde(default)]
     #[schema(value_type = Object)]
     when: serde_json::Map<String, serde_json::Value>,

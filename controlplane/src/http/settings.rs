@@ -90,6 +90,7 @@ impl Settings {
         policy.allow_internal =
             self.allow_internal.iter().filter_map(|text| network(text).ok()).collect();
         policy.deny_ports.clone_from(&self.deny_ports);
+        policy.timezone = (self.time_zone != "UTC").then(|| self.time_zone.clone());
     }
 
     /// Days rows are kept: access log, traffic, audit.

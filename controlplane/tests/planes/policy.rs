@@ -4,6 +4,7 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     io::{Read, Write},
     net::TcpStream,
+    process::Command,
     sync::atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed},
     thread,
     time::{Duration, Instant},
@@ -156,6 +157,73 @@ fn two_control_planes_of_one_database_are_one() {
         await_some("refusal", || other.tunnel("ann", target).err());
         first.restart_control();
         await_some("refusal", || edge.tunnel("ann", target).err());
+    });
+}
+
+/// Limits that are set by the API hold at the node, and change for who is there.
+#[test]
+fn limits_of_sessions_and_devices_are_followed() {
+    on_each(|planes| {
+        let (node, target) = (planes.node("edge"), echo());
+        let id = planes.user("ann", json!({ "limits": { "sessions": 2 } }));
+        let patch = |limits: Value| {
+            planes.must("PATCH", &format!("/users/{id}"), json!({ "limits": limits }))
+        };
+        let mut held = vec![await_some("tunnel", || node.tunnel("ann", target).ok())];
+        held.push(node.tunnel("ann", target).unwrap());
+        assert!(node.tunnel("ann", target).is_err());
+        patch(json!({ "sessions": 3 }));
+        held.push(await_some("tunnel", || node.tunnel("ann", target).ok()));
+        assert!(node.tunnel("ann", target).is_err());
+        let online = await_some("sessions", || {
+            let list = planes.must("GET", &format!("/online?user_id={id}"), Value::Null);
+            (list["total"] == 3).then_some(list)
+        });
+        assert!(online["items"][0]["session"]["bytes_up"].is_u64(), "{online}");
+
+        patch(json!({ "devices": 1 }));
+        let from = |client: &str| {
+            let output = Command::new("curl")
+                .args(["-s", "-o", "/dev/null", "--max-time", "20", "--interface", client, "-x"])
+                .arg(format!("socks5h://ann:{}@{}", PASSWORD.replace(' ', "%20"), node.proxy))
+                .arg(format!("http://{}/livez", planes.api))
+                .status();
+            output.unwrap().success()
+        };
+        // One address is there with a session that stays.
+        await_some("the limit", || {
+            held = vec![node.tunnel("ann", target).ok()?];
+            (!from("127.0.0.2")).then_some(())
+        });
+        assert!(from("127.0.0.1"));
+        held.clear();
+        await_some("the other address", || from("127.0.0.2").then_some(()));
+
+        patch(json!({ "new_sessions_per_second": 1 }));
+        await_some("the limit", || {
+            let tries: Vec<_> = (0..3).map(|_| node.tunnel("ann", target)).collect();
+            tries.iter().any(Result::is_err).then_some(())
+        });
+    });
+}
+
+/// A rule holds at its times; what is no time is told.
+#[test]
+fn rules_have_times() {
+    on_each(|planes| {
+        let (node, target) = (planes.node("edge"), echo());
+        planes.user("ann", json!({}));
+        planes.must("PATCH", "/settings", json!({ "time_zone": "Asia/Kathmandu" }));
+        await_some("tunnel", || node.tunnel("ann", target).ok());
+        let rule = |when: Value| json!({ "name": "closed", "action": "deny", "when": when });
+        let (status, told) =
+            planes.ask("POST", "/rules", Some(&rule(json!({ "time": ["25:00-26:00"] }))));
+        assert_eq!(status, 422);
+        assert!(told["detail"].as_str().unwrap().contains("08:00-18:30"), "{told}");
+        let days = ["mon", "tue", "wed", "thu", "fri", "sat", "sun"];
+        let when = json!({ "time": ["12:00-00:00", "00:00-12:00"], "weekday": days });
+        planes.must("POST", "/rules", rule(when));
+        assert_eq!(await_some("refusal", || node.tunnel("ann", target).err()), 2);
     });
 }
 

@@ -2,6 +2,7 @@
 //! to, how much. A node compiles it into its own matchers; both planes check it with the same rules.
 
 mod check;
+mod hours;
 mod target;
 
 use std::net::IpAddr;
@@ -11,6 +12,7 @@ use serde::{Deserialize, Serialize};
 use time::OffsetDateTime;
 
 pub use check::{check_users, check_users_bound};
+pub use hours::{Hours, Weekday};
 pub use target::{check_pattern, pattern_set};
 
 use crate::{ByteCount, ByteRate};
@@ -38,6 +40,9 @@ pub struct Policy {
     pub deny_ports: Vec<u16>,
     /// Clients that may connect; left out: all.
     pub whitelist: Option<Vec<IpNet>>,
+    /// The zone of rules' times, such as `Europe/Berlin`; left out: UTC.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub timezone: Option<String>,
     /// Users.
     pub user: Vec<User>,
     /// Black and white lists of targets.
@@ -55,6 +60,7 @@ impl Default for Policy {
             allow_internal: Vec::new(),
             deny_ports: vec![25],
             whitelist: None,
+            timezone: None,
             user: Vec::new(),
             filter: Vec::new(),
             rule: Vec::new(),
@@ -214,6 +220,12 @@ pub struct When {
     pub cidr: Vec<IpNet>,
     /// Ports and ranges of ports.
     pub port: Vec<PortRange>,
+    /// Parts of the day, in the policy's zone, at which a request is made.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub time: Vec<Hours>,
+    /// Days of the week, likewise.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub weekday: Vec<Weekday>,
 }
 
 /// A way out.

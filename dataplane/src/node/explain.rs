@@ -65,7 +65,7 @@ impl Node {
                 None => return Ok(denied(Denial::User.name(), "")),
             },
         };
-        let query = Query { user, client, protocol, target: &target };
+        let query = Query { user, client, protocol, target: &target, at: unix_now() };
         let mut resolved: Vec<(Name, Arc<[IpAddr]>)> = Vec::new();
         loop {
             match snapshot.authorize(query, &resolved, unix_now()) {

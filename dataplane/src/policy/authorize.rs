@@ -1,16 +1,18 @@
 //! The decision: what a client asked for, and a permit for it.
 
 use std::{
+    cell::OnceCell,
     net::{IpAddr, SocketAddr},
     sync::Arc,
 };
 
-use culvert_api::policy::Access;
+use culvert_api::policy::{Access, Weekday};
 use culvert_proto::{Host, Name, Protocol, Target};
+use jiff::Timestamp;
 
 use super::{
     Match, Ports, Snapshot, TargetSet, Upstream, User, is_internal,
-    snapshot::{Action, Rule},
+    snapshot::{Action, Matchers, Rule},
 };
 
 /// A request to be judged.
@@ -24,6 +26,8 @@ pub struct Query<'a> {
     pub protocol: Protocol,
     /// Where to.
     pub target: &'a Target,
+    /// When it was made, in seconds since 1970: rules' times are about that.
+    pub at: i64,
 }
 
 /// Names of a request that were resolved.
@@ -107,9 +111,15 @@ pub struct Permit {
     user: Option<Arc<User>>,
     upstream: Arc<Upstream>,
     addresses: Vec<SocketAddr>,
+    at: i64,
 }
 
 impl Permit {
+    /// When the request was made, in seconds since 1970.
+    pub fn at(&self) -> i64 {
+        self.at
+    }
+
     /// The snapshot that allowed it.
     pub fn generation(&self) -> u64 {
         self.generation
@@ -224,6 +234,7 @@ impl Snapshot {
             user: query.user.cloned(),
             upstream: upstream.clone(),
             addresses: Vec::with_capacity(1),
+            at: query.at,
         }
     }
 
@@ -272,8 +283,10 @@ impl Snapshot {
             Match::NeedsAddress => return Verdict::NeedsAddress,
             Match::No => {}
         }
+        let local = OnceCell::new();
+        let local = || *local.get_or_init(|| self.matchers.local(query.at));
         for rule in &self.matchers.rules {
-            match rule.matches(query, address) {
+            match rule.matches(query, address, &local) {
                 Match::No => {}
                 Match::NeedsAddress => return Verdict::NeedsAddress,
                 Match::Yes => {
@@ -323,8 +336,32 @@ fn in_lists(lists: &[(Ports, TargetSet)], target: &Target, address: Option<IpAdd
     result
 }
 
+impl Matchers {
+    /// The day of the week and the minute of the day, in the policy's zone.
+    fn local(&self, at: i64) -> (Weekday, u16) {
+        const WEEK: [Weekday; 7] = [
+            Weekday::Mon,
+            Weekday::Tue,
+            Weekday::Wed,
+            Weekday::Thu,
+            Weekday::Fri,
+            Weekday::Sat,
+            Weekday::Sun,
+        ];
+        let local = Timestamp::from_second(at).unwrap_or_default().to_zoned(self.zone.clone());
+        let day = usize::from(local.weekday().to_monday_zero_offset().unsigned_abs());
+        let minute = u16::from(local.hour().unsigned_abs()) * 60;
+        (WEEK[day % 7], minute + u16::from(local.minute().unsigned_abs()))
+    }
+}
+
 impl Rule {
-    fn matches(&self, query: Query<'_>, address: Option<IpAddr>) -> Match {
+    fn matches(
+        &self,
+        query: Query<'_>,
+        address: Option<IpAddr>,
+        local: &dyn Fn() -> (Weekday, u16),
+    ) -> Match {
         let others = self.ports.matches(query.target)
             && met(&self.users, |users| {
                 query.user.is_some_and(|user| users.iter().any(|name| *name == user.name))
@@ -335,7 +372,9 @@ impl Rule {
                     .is_some_and(|user| groups.iter().any(|group| user.groups.contains(group)))
             })
             && met(&self.clients, |clients| clients.contains(query.client))
-            && met(&self.protocols, |protocols| protocols.contains(&query.protocol));
+            && met(&self.protocols, |protocols| protocols.contains(&query.protocol))
+            && met(&self.weekdays, |days| days.contains(&local().0))
+            && met(&self.time, |parts| parts.iter().any(|hours| hours.contains(local().1)));
         match &self.targets {
             _ if !others => Match::No,
             Some(targets) => targets.matches(&query.target.host, address),

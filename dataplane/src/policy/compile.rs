@@ -7,6 +7,7 @@ use culvert_api::{
     policy::{self as api, Access, Policy},
 };
 use culvert_proto::{Protocol, Target};
+use jiff::tz::TimeZone;
 
 use super::{
     Credential, Directory, NetSet, OwnAddresses, Ports, Snapshot, TargetLists, TargetSet, Upstream,
@@ -118,7 +119,17 @@ impl Compiler {
             black: self.filters(policy, Access::Deny),
             white: self.filters(policy, Access::Allow),
             rules: rules.map(|(i, rule)| self.rule(i, rule, &upstreams, &direct)).collect(),
+            zone: self.zone(policy),
             direct,
+        })
+    }
+
+    fn zone(&mut self, policy: &Policy) -> TimeZone {
+        let Some(name) = &policy.timezone else { return TimeZone::UTC };
+        TimeZone::get(name).unwrap_or_else(|_| {
+            let message = format!("no zone `{name}`; a name such as UTC or Europe/Berlin");
+            self.problem("timezone".into(), message);
+            TimeZone::UTC
         })
     }
 
@@ -192,6 +203,8 @@ impl Compiler {
                 .map(|names| names.iter().filter_map(protocol).collect()),
             targets: (!lists.is_empty()).then_some(targets),
             ports: Ports::new(&when.port),
+            time: given(&when.time).map(Into::into),
+            weekdays: given(&when.weekday).map(Into::into),
             action: Action::of(rule.action, to, upstream),
         }
     }
@@ -287,9 +300,18 @@ impl TargetLists<'_> {
 
 /// A hash of all that is not of users.
 fn fingerprint_of_matchers(policy: &Policy) -> blake3::Hash {
-    let Policy { default, allow_internal, deny_ports, whitelist, user: _, filter, rule, upstream } =
-        policy;
-    let parts = (default, allow_internal, deny_ports, whitelist, filter, rule, upstream);
+    let Policy {
+        default,
+        allow_internal,
+        deny_ports,
+        whitelist,
+        timezone,
+        user: _,
+        filter,
+        rule,
+        upstream,
+    } = policy;
+    let parts = (default, allow_internal, deny_ports, whitelist, timezone, filter, rule, upstream);
     let mut hasher = blake3::Hasher::new();
     // A hasher takes everything, and no map among these has a key that is no text.
     let _ = serde_json::to_writer(&mut hasher, &parts);

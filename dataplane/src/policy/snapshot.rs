@@ -9,8 +9,9 @@ use std::{
     },
 };
 
-use culvert_api::policy::{Access, RuleAction};
+use culvert_api::policy::{Access, Hours, RuleAction, Weekday};
 use culvert_proto::{Protocol, Target};
+use jiff::tz::TimeZone;
 
 use super::{NetSet, Ports, TargetSet, User};
 use crate::settings::Settings;
@@ -71,6 +72,8 @@ pub(super) struct Matchers {
     pub(super) black: Box<[(Ports, TargetSet)]>,
     pub(super) white: Box<[(Ports, TargetSet)]>,
     pub(super) rules: Box<[Rule]>,
+    /// The zone of their times.
+    pub(super) zone: TimeZone,
     pub(super) direct: Arc<Upstream>,
 }
 
@@ -101,6 +104,8 @@ pub(super) struct Rule {
     pub(super) protocols: Option<Box<[Protocol]>>,
     pub(super) targets: Option<TargetSet>,
     pub(super) ports: Ports,
+    pub(super) time: Option<Box<[Hours]>>,
+    pub(super) weekdays: Option<Box<[Weekday]>>,
     pub(super) action: Action,
 }
 

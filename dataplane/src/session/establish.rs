@@ -100,13 +100,15 @@ impl Session {
                 },
                 None => None,
             };
+            let now = unix_now();
             let query = Query {
                 user: user.as_ref(),
                 client: self.peer.ip(),
                 protocol: self.protocol.get().ok_or(End::new(Stage::Policy, Cause::Denied))?,
                 target: &request.target,
+                at: now,
             };
-            match snapshot.authorize(query, &resolved, unix_now()) {
+            match snapshot.authorize(query, &resolved, now) {
                 Decision::Permit(permit) => return Ok(permit),
                 Decision::Denied(denial) => return Err(self.denied(record, denial)),
                 Decision::NeedsAddresses(name) => {

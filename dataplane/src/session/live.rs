@@ -5,7 +5,7 @@ use std::{
     net::SocketAddr,
     rc::Rc,
     sync::Arc,
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use culvert_proto::{Host, Name, Protocol, Target};
@@ -14,6 +14,7 @@ use serde::Serialize;
 
 use crate::{
     end::Cause,
+    ledger::{Direction, Meter},
     policy::{Decision, Permit, Query, Snapshot, User},
     settings::ListenerRules,
     telemetry::LoginResult,
@@ -35,6 +36,7 @@ pub struct Live {
     exchanges: Cell<u32>,
     rests: Cell<bool>,
     login: Cell<Option<LoginResult>>,
+    meter: Rc<Meter>,
     worker: Rc<Worker>,
 }
 
@@ -44,6 +46,8 @@ struct Asked {
     dialled: Option<SocketAddr>,
     rule: Option<Arc<str>>,
     generation: u64,
+    /// When, in seconds since 1970.
+    at: i64,
 }
 
 impl Live {
@@ -53,6 +57,7 @@ impl Live {
         (index, listener): (usize, &Arc<ListenerRules>),
         peer: SocketAddr,
         watch: &Watch,
+        meter: &Rc<Meter>,
         started: Instant,
     ) -> Rc<Self> {
         let live = Rc::new(Self {
@@ -67,10 +72,16 @@ impl Live {
             exchanges: Cell::new(0),
             rests: Cell::new(false),
             login: Cell::new(None),
+            meter: meter.clone(),
             worker: worker.clone(),
         });
         worker.enter(&live);
         live
+    }
+
+    /// How long it has been running.
+    pub fn age(&self) -> Duration {
+        self.started.elapsed()
     }
 
     /// Ends the session.
@@ -101,8 +112,8 @@ impl Live {
     }
 
     pub(super) fn asked(&self, target: &Target, user: Option<Arc<User>>) {
-        let asked =
-            Asked { target: target.clone(), user, dialled: None, rule: None, generation: 0 };
+        let (target, at) = (target.clone(), unix_now());
+        let asked = Asked { target, user, dialled: None, rule: None, generation: 0, at };
         self.asked.replace(Some(asked));
         self.rests.set(false);
     }
@@ -112,6 +123,7 @@ impl Live {
             asked.dialled = Some(dialled);
             asked.rule = permit.rule().cloned();
             asked.generation = permit.generation();
+            asked.at = permit.at();
         }
     }
 
@@ -145,7 +157,8 @@ impl Live {
             None => None,
         };
         let Some(protocol) = self.protocol.get() else { return true };
-        let query = Query { user, client, protocol, target: &asked.target };
+        // That a rule's time is over ends nothing that began in it.
+        let query = Query { user, client, protocol, target: &asked.target, at: asked.at };
         let Some(dialled) = asked.dialled else {
             return snapshot.judge_client(query, unix_now()).is_none();
         };
@@ -189,7 +202,9 @@ impl Live {
             address: asked.and_then(|asked| asked.dialled),
             rule: asked.and_then(|asked| asked.rule.clone()),
             generation: asked.map_or(0, |asked| asked.generation),
-            seconds: self.started.elapsed().as_secs_f64(),
+            bytes_up: self.meter.done(Direction::Up),
+            bytes_down: self.meter.done(Direction::Down),
+            seconds: self.age().as_secs_f64(),
         }
     }
 }
@@ -224,6 +239,10 @@ pub struct LiveInfo {
     pub rule: Option<Arc<str>>,
     /// The snapshot that decided.
     pub generation: u64,
+    /// Bytes to targets so far.
+    pub bytes_up: u64,
+    /// Bytes to the client so far.
+    pub bytes_down: u64,
     /// Its age.
     pub seconds: f64,
 }

@@ -242,7 +242,7 @@ mod tests {
             target: "a.example:443".into(),
         };
         let welcome = Welcome { version: 1, refusal: "no".into() };
-        let command = |kind| down::Body::Command(Command { kind: Some(kind) });
+        let command = |kind| down::Body::Command(Command { kind: Some(kind), age_ms: 0 });
         let bodies = [
             ("welcome", down::Body::Welcome(welcome)),
             ("snapshot", down::Body::Snapshot(snapshot)),

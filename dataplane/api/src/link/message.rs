@@ -459,6 +459,9 @@ pub struct Command {
     /// What; `None` is something a later version asks for.
     #[prost(oneof = "command::Kind", tags = "1, 2, 3")]
     pub kind: Option<command::Kind>,
+    /// Milliseconds since it was asked for: it may come late, or again, and what began later is not meant.
+    #[prost(uint64, tag = "4")]
+    pub age_ms: u64,
 }
 
 /// Kinds of [`Command`].

@@ -22,10 +22,21 @@ fn compiled(text: &str, previous: Option<&Snapshot>) -> Result<Snapshot, Vec<Pro
 
 /// Judges a target with all names resolving to `addresses`; says what came out.
 fn judge(snapshot: &Snapshot, user: Option<&str>, target: &str, addresses: &[&str]) -> String {
+    judge_at(NOW, snapshot, user, target, addresses)
+}
+
+/// The same of a request that was made then.
+fn judge_at(
+    at: i64,
+    snapshot: &Snapshot,
+    user: Option<&str>,
+    target: &str,
+    addresses: &[&str],
+) -> String {
     let target = Target::parse(target.as_bytes()).unwrap();
     let user = user.map(|name| snapshot.directory.find(name.as_bytes()).unwrap());
     let client = [198, 51, 100, 7].into();
-    let query = Query { user, client, protocol: Protocol::Socks5, target: &target };
+    let query = Query { user, client, protocol: Protocol::Socks5, target: &target, at };
     let addresses: Arc<[std::net::IpAddr]> = addresses.iter().map(|a| a.parse().unwrap()).collect();
     let mut resolved: Vec<(Name, _)> = Vec::new();
     loop {
@@ -402,4 +413,34 @@ fn changes_come_to_the_same_as_the_whole() {
         }
         snapshot = next;
     }
+}
+
+/// Times are those of the policy's zone, also when its clocks change.
+#[test]
+fn rules_hold_at_their_times() {
+    let policy = "default = 'deny'\ntimezone = 'Europe/Berlin'\n\
+        [[rule]]\nname = 'office'\nwhen = { time = ['08:00-18:00'], weekday = ['mon', 'fri'] }\n\
+        [[rule]]\nname = 'night'\nwhen = { time = ['22:00-02:00'] }\n";
+    let snapshot = compiled(policy, None).unwrap();
+    let at = |time: &str| {
+        let at = time.parse::<jiff::Timestamp>().unwrap().as_second();
+        judge_at(at, &snapshot, None, "203.0.114.1:80", &[])
+    };
+    // 2026-07-06 is a Monday; Berlin is two hours ahead then, one in winter.
+    for (time, said) in [
+        ("2026-07-06T05:59:59Z", "denied by default"),
+        ("2026-07-06T06:00:00Z", "office: 203.0.114.1:80"),
+        ("2026-07-06T15:59:59Z", "office: 203.0.114.1:80"),
+        ("2026-07-06T16:00:00Z", "denied by default"),
+        ("2026-07-07T09:00:00Z", "denied by default"),
+        ("2026-12-04T07:00:00Z", "office: 203.0.114.1:80"),
+        ("2026-12-04T06:59:59Z", "denied by default"),
+        ("2026-07-06T20:00:00Z", "night: 203.0.114.1:80"),
+        ("2026-07-06T23:59:59Z", "night: 203.0.114.1:80"),
+        ("2026-07-07T00:00:00Z", "denied by default"),
+    ] {
+        assert_eq!(at(time), said, "{time}");
+    }
+    let problems = compiled("timezone = 'Moon/Crater'\n", None).unwrap_err();
+    assert!(problems[0].to_string().contains("no zone `Moon/Crater`"), "{problems:?}");
 }
