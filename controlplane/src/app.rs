@@ -37,7 +37,7 @@ const LAST_REQUESTS: Duration = Duration::from_secs(5);
 const CLEAN: Duration = Duration::from_secs(600);
 /// How long heartbeats, commands and changes are kept, in microseconds and generations.
 const HEARTBEATS: i64 = 86_400_000_000;
-const COMMANDS: i64 = 60_000_000;
+const COMMANDS: i64 = 3_600_000_000;
 const CHANGES: i64 = 100_000;
 const DAY: i64 = 86_400_000_000;
 const MINUTE: i64 = 60_000_000;

@@ -322,8 +322,10 @@ impl Hub {
             .exec_without_returning(self.store.db())
             .await?;
         let begun = boot::Entity::find_by_id((row.id, row.boot)).one(self.store.db()).await?;
-        let command = begun.map_or(0, |boot| boot.command);
-        Ok(Node { row, shown, command, was_away: true, taken_back: HashSet::new() })
+        // What came to it, or what was asked before it began; numbers are lower in a database that was restored.
+        let command = begun.map_or(0, |boot| boot.command).max(hello.command.cast_signed());
+        let command = command.min(self.last_command().await?);
+        Ok(Node { row, shown, command, taken_back: HashSet::new() })
     }
 
     async fn enrol(&self, name: &str) -> Result<node::Model, Gone> {
@@ -580,7 +582,6 @@ impl Hub {
             .await;
         // The database may be away for a moment; commands wait.
         let Ok(rows) = rows else { return Ok(()) };
-        let (told, late) = (node.command, std::mem::take(&mut node.was_away));
         for row in rows {
             node.command = row.id;
             let argument = row.argument.cast_unsigned();
@@ -596,20 +597,8 @@ impl Hub {
                 }
                 None => continue,
             };
-            // One that comes late may come again; clocks of control planes differ, so others say none.
-            let age_ms = if late { u64::try_from((now() - row.at) / 1000).unwrap_or(0) } else { 0 };
-            let command = link::Command { kind: Some(kind), age_ms };
+            let command = link::Command { kind: Some(kind), id: row.id.cast_unsigned() };
             peer.send(down::Body::Command(command)).await?;
-        }
-        if node.command != told {
-            let (id, boot) = node.key();
-            // If the database is away again, the next one takes note of this one too.
-            let _ = boot::Entity::update_many()
-                .col_expr(boot::Column::Command, node.command.into())
-                .filter(boot::Column::NodeId.eq(id))
-                .filter(boot::Column::Boot.eq(boot))
-                .exec(self.store.db())
-                .await;
         }
         let status = node::Entity::find_by_id(node.row.id).one(self.store.db()).await;
         if let Ok(Some(row)) = status {
@@ -677,8 +666,6 @@ struct Node {
     shown: Option<String>,
     /// The last command that this boot was told.
     command: i64,
-    /// It has not been told yet what was asked of it before it connected.
-    was_away: bool,
     /// Users of whose leases some was taken back, until it has told what it still holds.
     taken_back: HashSet<u64>,
 }

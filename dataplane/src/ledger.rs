@@ -192,7 +192,9 @@ impl Meter {
     /// Adds what was done to the user's total, and leaves the slot free. Each step is safe to be taken
     /// again by recovery.
     fn settle(&self) {
-        self.close();
+        if self.slot().done() != [0; 2] {
+            self.close();
+        }
         self.slot().clear();
     }
 

@@ -87,7 +87,14 @@ pub struct Follower {
     leases: Mutex<Leases>,
     /// Whether the control plane has taken this node.
     welcomed: AtomicBool,
-    /// When the copy was last known to be what the control plane has; now, while that has taken this node.
+    /// Whether all records were written when the node had drained.
+    written: AtomicBool,
+    /// The last command that came.
+    command: AtomicU64,
+    /// Whether the last policy that came is in force; if not, the copy is of another.
+    refuses: AtomicBool,
+    /// When the copy was last known to be what the control plane has; now, while that has taken this node
+    /// and none was refused.
     current: Mutex<SystemTime>,
     ending: Notify,
     ledger: PathBuf,
@@ -207,16 +214,32 @@ impl Follower {
             sums: Mutex::default(),
             leases: Mutex::default(),
             welcomed: AtomicBool::new(false),
+            written: AtomicBool::new(false),
+            command: AtomicU64::new(0),
+            refuses: AtomicBool::new(false),
             current: Mutex::new(copy_of),
             ending: Notify::new(),
             ledger: crate::ledger::path(dir, boot),
         })
     }
 
+    /// Whether the control plane has taken this node.
+    pub fn is_connected(&self) -> bool {
+        self.welcomed.load(Relaxed)
+    }
+
+    /// The policy may not be what the control plane has from now on.
+    fn becomes_stale(&self) {
+        if self.stale().is_none() {
+            *lock(&self.current) = SystemTime::now();
+        }
+    }
+
     /// How long ago the policy was last known to be what the control plane has; `None` while it is known.
     pub fn stale(&self) -> Option<Duration> {
         let since = || lock(&self.current).elapsed().unwrap_or_default();
-        (!self.welcomed.load(Relaxed)).then(since)
+        let is_current = self.welcomed.load(Relaxed) && !self.refuses.load(Relaxed);
+        (!is_current).then(since)
     }
 
     /// The policy of the copy, if there is one.
@@ -231,8 +254,9 @@ impl Follower {
         self.generation.store(0, Relaxed);
     }
 
-    /// The node has drained: one more report, and no more.
-    pub fn finish(&self) {
+    /// The node has drained, and written all records or not: one more report, and no more.
+    pub fn finish(&self, is_written: bool) {
+        self.written.store(is_written, Relaxed);
         self.ending.notify_one();
     }
 
@@ -251,8 +275,8 @@ impl Follower {
                 Ok(()) | Err(Gone::Ended) => return,
                 Err(gone) => {
                     // Who is refused, or away for long, holds nothing that others might get.
+                    self.becomes_stale();
                     if self.welcomed.swap(false, Relaxed) {
-                        *lock(&self.current) = SystemTime::now();
                         away = Instant::now();
                         // One that is ended as soon as it is there is not asked faster and faster.
                         if began.elapsed() > PAUSE.1 {
@@ -286,6 +310,7 @@ impl Follower {
             version: link::VERSION,
             generation: lock(&self.copy).generation,
             program: env!("CARGO_PKG_VERSION").into(),
+            command: self.command.load(Relaxed),
         };
         peer.send(up::Body::Hello(hello)).await?;
         match timeout(WELCOME, peer.receive()).await {
@@ -474,17 +499,16 @@ impl Follower {
                     !safe
                 });
             }
-            down::Body::Command(link::Command { kind: Some(kind), age_ms }) => match kind {
-                command::Kind::EndSession(id) => drop(node.end_session(id)),
-                command::Kind::EndUser(user) => {
-                    node.end_user(user, Duration::from_millis(age_ms));
+            down::Body::Command(command) => {
+                match command.kind {
+                    Some(command::Kind::EndSession(id)) => drop(node.end_session(id)),
+                    Some(command::Kind::EndUser(user)) => node.end_user(user),
+                    Some(command::Kind::Drain(_)) => drop(node.drain.try_send(())),
+                    None => {}
                 }
-                command::Kind::Drain(_) => drop(node.drain.try_send(())),
-            },
-            down::Body::Welcome(_)
-            | down::Body::Command(_)
-            | down::Body::LeaseGrant(_)
-            | down::Body::Explain(_) => {}
+                self.command.store(command.id, Relaxed);
+            }
+            down::Body::Welcome(_) | down::Body::LeaseGrant(_) | down::Body::Explain(_) => {}
         }
         Ok(())
     }
@@ -582,8 +606,13 @@ impl Follower {
             Ok(())
         });
         let said = match put.await.unwrap_or_else(|error| Err(vec![error.to_string()])) {
-            Ok(()) => up::Body::Applied(link::Applied { generation }),
+            Ok(()) => {
+                self.refuses.store(false, Relaxed);
+                up::Body::Applied(link::Applied { generation })
+            }
             Err(reasons) => {
+                self.becomes_stale();
+                self.refuses.store(true, Relaxed);
                 for reason in &reasons {
                     tracing::error!(generation, %reason, "the control plane's policy is refused");
                 }
@@ -600,7 +629,8 @@ impl Follower {
         peer: &mut Peer,
         last: bool,
     ) -> Result<Option<Sent>, Gone> {
-        // Sessions that were cut may not be over yet; then the ledger's file says the last word.
+        // Sessions that were cut may not be over yet, or their records not written; then the ledger's file
+        // says the last word.
         let over = node.sessions_active() == 0;
         let held = lock(&self.leases).held.clone();
         let (totals, whole) = node.totals().await;
@@ -624,7 +654,8 @@ impl Follower {
             sums.missed |= !whole;
             (if last { LAST } else { sums.sequence }, users, sums.missed)
         };
-        if last && (missed || !over) {
+        let is_written = self.written.load(Relaxed);
+        if last && (missed || !over || !is_written) {
             return Err(Gone::Ended);
         }
         if users.is_empty() && held.is_empty() && !last {

@@ -128,9 +128,9 @@ pub fn run(config: Config, source: Source) -> anyhow::Result<()> {
         let node = Arc::new(Node::start(&config, drain).await?);
         crate::admin::start(&node, &config).await?;
         let link = node.link().map(tokio::spawn);
-        reload::serve(&node, source, signals, drained).await?;
+        let is_written = reload::serve(&node, source, signals, drained).await?;
         if let (Some(link), Some(follower)) = (link, &node.follower) {
-            follower.finish();
+            follower.finish(is_written);
             // What was counted is in the ledger's file, should the control plane be away.
             let _ = tokio::time::timeout(LAST_REPORT, link).await;
         }
@@ -408,9 +408,9 @@ impl Node {
         }
     }
 
-    /// Ends the sessions of a user that are so old.
-    pub fn end_user(&self, user: u64, age: Duration) {
-        self.tell(|| Message::EndUser(user, age, Cause::Kicked));
+    /// Ends all sessions of a user.
+    pub fn end_user(&self, user: u64) {
+        self.tell(|| Message::EndUser(user, Cause::Kicked));
     }
 
     /// Bytes moved since the start, to targets and to clients.
@@ -460,8 +460,9 @@ impl Node {
         }
     }
 
-    /// Takes no more sessions, lets the running ones end, ends them at the deadline.
-    pub async fn drain(&self) {
+    /// Takes no more sessions, lets the running ones end, ends them at the deadline; whether all records
+    /// were written.
+    pub async fn drain(&self) -> bool {
         self.ready.store(false, Relaxed);
         self.shared.draining.store(true, Relaxed);
         let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
@@ -485,7 +486,7 @@ impl Node {
             state::keep_remembered(dir, &self.shared.snapshot.load());
         }
         tracing::info!(cut, "drained");
-        self.access.end();
+        self.access.end()
     }
 }
 

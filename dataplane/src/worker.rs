@@ -91,8 +91,8 @@ pub enum Message {
     Totals(oneshot::Sender<Vec<(u64, Bytes)>>),
     /// Take from users' leases what was moved before they began.
     Settle(Arc<[u64]>, oneshot::Sender<()>),
-    /// End the sessions of a user that are so old.
-    EndUser(u64, Duration, Cause),
+    /// End all sessions of a user.
+    EndUser(u64, Cause),
     /// Which sessions run?
     List(oneshot::Sender<Vec<LiveInfo>>),
     /// Take no more sessions.
@@ -275,9 +275,8 @@ impl Worker {
                 users.iter().for_each(|user| self.ledger.settle(*user));
                 let _ = reply.send(());
             }
-            Message::EndUser(user, age, cause) => {
-                let live = self.live();
-                for live in live.iter().filter(|live| live.user_id() == user && live.age() >= age) {
+            Message::EndUser(user, cause) => {
+                for live in self.live().iter().filter(|live| live.user_id() == user) {
                     live.stop(cause);
                 }
             }

@@ -25,8 +25,6 @@ use crate::{
 const ECHO_SESSIONS: usize = 64;
 /// Bytes of its messages.
 const ECHO_BYTES: usize = 128;
-/// Sessions at once of the churn scenario.
-const CHURN_SESSIONS: usize = 16;
 /// Pause of its sessions between two messages, so that a core is free for the compiler.
 const SWAP_PAUSE: Duration = Duration::from_millis(5);
 /// Pause between two of its snapshots.
@@ -40,6 +38,7 @@ pub(crate) struct Load<'a> {
     pub(crate) target: SocketAddr,
     pub(crate) time: Duration,
     pub(crate) sessions: usize,
+    pub(crate) clients: usize,
 }
 
 /// What a round measured.
@@ -221,7 +220,7 @@ impl Load<'_> {
             }
         };
         let clients = async {
-            let mut clients: Vec<_> = (0..CHURN_SESSIONS).map(|_| Box::pin(connect())).collect();
+            let mut clients: Vec<_> = (0..self.clients).map(|_| Box::pin(connect())).collect();
             std::future::poll_fn(|cx| {
                 clients.retain_mut(|client| client.as_mut().poll(cx).is_pending());
                 if clients.is_empty() {

@@ -49,6 +49,9 @@ struct Cli {
     /// Idle sessions.
     #[arg(long, default_value_t = 9000)]
     sessions: usize,
+    /// Clients at once of the churn scenario.
+    #[arg(long, default_value_t = 16)]
+    clients: usize,
     /// What drives culvert's workers: auto, io_uring or epoll.
     #[arg(long, default_value = "auto")]
     driver: String,
@@ -97,6 +100,7 @@ fn main() -> anyhow::Result<()> {
                     target,
                     time: Duration::from_secs_f64(cli.seconds),
                     sessions: cli.sessions,
+                    clients: cli.clients,
                 };
                 let sample: Sample = load.run(*scenario).with_context(|| kind.name())?;
                 report.add(kind, sample);

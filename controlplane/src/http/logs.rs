@@ -195,8 +195,13 @@ where
 
 /// The other way of [`cell`].
 pub(super) fn uncelled(text: &str) -> String {
-    let plain = text.strip_prefix('\'').filter(|rest| rest.starts_with(FORMULA));
+    let plain = text.strip_prefix('\'').filter(|rest| runs(rest));
     plain.unwrap_or(text).to_owned()
+}
+
+/// Whether it begins like a formula, or like one that was made plain.
+fn runs(text: &str) -> bool {
+    text.trim_start_matches('\'').starts_with(FORMULA)
 }
 
 /// What a formula begins with.
@@ -204,5 +209,5 @@ const FORMULA: [char; 6] = ['=', '+', '-', '@', '\t', '\r'];
 
 /// A spreadsheet would run a cell that begins like a formula.
 pub(super) fn cell(text: &str) -> String {
-    if text.starts_with(FORMULA) { format!("'{text}") } else { text.into() }
+    if runs(text) { format!("'{text}") } else { text.into() }
 }

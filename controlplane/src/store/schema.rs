@@ -231,7 +231,7 @@ fn tables() -> Vec<TableCreateStatement> {
                 ("uncertain", Number),
                 ("ended", Flag),
                 ("seen_at", Number),
-                // The last command that it was told.
+                // The last command of before it began.
                 ("command", Number),
             ],
             &["node_id", "boot"],

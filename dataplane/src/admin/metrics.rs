@@ -181,9 +181,8 @@ fn set_snapshot(node: &Node) {
     gauge!("culvert_snapshot_generation").set(snapshot.generation as f64);
     let age = match &node.follower {
         Some(follower) => {
-            let stale = follower.stale();
-            gauge!("culvert_control_connected").set(u8::from(stale.is_none()));
-            stale.unwrap_or_default()
+            gauge!("culvert_control_connected").set(u8::from(follower.is_connected()));
+            follower.stale().unwrap_or_default()
         }
         None => node.published.lock().map_or(Duration::ZERO, |published| published.elapsed()),
     };

@@ -81,15 +81,17 @@ impl AccessLog {
         self.shared.lost.load(Relaxed)
     }
 
-    /// Writes what is queued and ends, within 3 s: a log may take nothing more.
-    pub fn end(&self) {
+    /// Writes what is queued and ends, within 3 s; whether it has: a log may take nothing more.
+    pub fn end(&self) -> bool {
         self.shared.ending.store(true, Relaxed);
         self.thread.unpark();
         let ended = self.ended.lock().map(|ended| ended.recv_timeout(LAST_RECORDS));
-        if matches!(ended, Ok(Err(RecvTimeoutError::Timeout))) {
+        let timed_out = matches!(ended, Ok(Err(RecvTimeoutError::Timeout)));
+        if timed_out {
             let queued: usize = self.shared.queues.iter().map(|queue| queue.len()).sum();
             tracing::error!(queued, "the access log takes nothing; its last records are lost");
         }
+        !timed_out
     }
 }
 

@@ -49,13 +49,13 @@ impl Signals {
     }
 }
 
-/// Serves until the node is to end, then drains it.
+/// Serves until the node is to end, then drains it; whether all records were written.
 pub(super) async fn serve(
     node: &Arc<Node>,
     source: Source,
     signals: Signals,
     mut drain: mpsc::Receiver<()>,
-) -> anyhow::Result<()> {
+) -> anyhow::Result<bool> {
     let Signals { mut terminate, mut interrupt, mut hang_up } = signals;
     let (changed, mut changes) = mpsc::channel(1);
     let _watcher = match &source {
@@ -87,8 +87,7 @@ pub(super) async fn serve(
             _ = look.tick() => node.judge_expired(),
         }
     }
-    node.drain().await;
-    Ok(())
+    Ok(node.drain().await)
 }
 
 async fn sleep_until(due: Option<Instant>) {

@@ -6,7 +6,7 @@ use std::{
     sync::Arc,
 };
 
-use culvert_api::policy::{Access, Weekday};
+use culvert_api::policy::{Access, Hours, Weekday};
 use culvert_proto::{Host, Name, Protocol, Target};
 use jiff::Timestamp;
 
@@ -339,19 +339,10 @@ fn in_lists(lists: &[(Ports, TargetSet)], target: &Target, address: Option<IpAdd
 impl Matchers {
     /// The day of the week and the minute of the day, in the policy's zone.
     fn local(&self, at: i64) -> (Weekday, u16) {
-        const WEEK: [Weekday; 7] = [
-            Weekday::Mon,
-            Weekday::Tue,
-            Weekday::Wed,
-            Weekday::Thu,
-            Weekday::Fri,
-            Weekday::Sat,
-            Weekday::Sun,
-        ];
         let local = Timestamp::from_second(at).unwrap_or_default().to_zoned(self.zone.clone());
         let day = usize::from(local.weekday().to_monday_zero_offset().unsigned_abs());
         let minute = u16::from(local.hour().unsigned_abs()) * 60;
-        (WEEK[day % 7], minute + u16::from(local.minute().unsigned_abs()))
+        (Weekday::ALL[day % 7], minute + u16::from(local.minute().unsigned_abs()))
     }
 }
 
@@ -373,12 +364,29 @@ impl Rule {
             })
             && met(&self.clients, |clients| clients.contains(query.client))
             && met(&self.protocols, |protocols| protocols.contains(&query.protocol))
-            && met(&self.weekdays, |days| days.contains(&local().0))
-            && met(&self.time, |parts| parts.iter().any(|hours| hours.contains(local().1)));
+            && self.is_time(local);
         match &self.targets {
             _ if !others => Match::No,
             Some(targets) => targets.matches(&query.target.host, address),
             None => Match::Yes,
+        }
+    }
+}
+
+impl Rule {
+    /// Whether it is the day and the time of day; what goes over midnight is of the day it began on.
+    fn is_time(&self, local: &dyn Fn() -> (Weekday, u16)) -> bool {
+        let is_day = |day: Weekday| met(&self.weekdays, |days| days.contains(&day));
+        match &self.time {
+            None => self.weekdays.is_none() || is_day(local().0),
+            Some(parts) => {
+                let (day, minute) = local();
+                let began = |hours: &Hours| {
+                    let is_after_midnight = hours.first > hours.end && minute < hours.end;
+                    if is_after_midnight { day.before() } else { day }
+                };
+                parts.iter().any(|hours| hours.contains(minute) && is_day(began(hours)))
+            }
         }
     }
 }

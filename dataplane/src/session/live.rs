@@ -5,7 +5,7 @@ use std::{
     net::SocketAddr,
     rc::Rc,
     sync::Arc,
-    time::{Duration, Instant},
+    time::Instant,
 };
 
 use culvert_proto::{Host, Name, Protocol, Target};
@@ -77,11 +77,6 @@ impl Live {
         });
         worker.enter(&live);
         live
-    }
-
-    /// How long it has been running.
-    pub fn age(&self) -> Duration {
-        self.started.elapsed()
     }
 
     /// Ends the session.
@@ -204,7 +199,7 @@ impl Live {
             generation: asked.map_or(0, |asked| asked.generation),
             bytes_up: self.meter.done(Direction::Up),
             bytes_down: self.meter.done(Direction::Down),
-            seconds: self.age().as_secs_f64(),
+            seconds: self.started.elapsed().as_secs_f64(),
         }
     }
 }

@@ -78,6 +78,12 @@ async fn export(State(app): State<App>, _: Admin) -> Result<Response> {
     Ok(csv_response("users.csv", &head, part))
 }
 
+/// Groups with spaces between, or as JSON if a name has some itself.
+fn listed(groups: &[String]) -> String {
+    let is_plain = |name: &String| !name.contains(char::is_whitespace) && !name.starts_with('[');
+    if groups.iter().all(is_plain) { groups.join(" ") } else { json(&groups) }
+}
+
 /// A user's line.
 fn cells(user: UserView) -> [String; 18] {
     let number = |number: Option<i64>| number.map_or(String::new(), |n| n.to_string());
@@ -88,7 +94,7 @@ fn cells(user: UserView) -> [String; 18] {
         name_of(&user.status),
         user.proxy_access.to_string(),
         user.expires_at.unwrap_or_default(),
-        cell(&user.groups.join(" ")),
+        cell(&listed(&user.groups)),
         number(limits.up),
         number(limits.down),
         number(limits.burst),
@@ -112,8 +118,8 @@ struct Imported {
 }
 
 /// Many users at once: CSV with a head that names columns as an export has them, of which `name` and
-/// `password` are needed; what is empty is not limited, and `id` is passed over. Groups and source addresses
-/// are separated by spaces. At most 1,000; all or none are made.
+/// `password` are needed; what is empty is not limited, and `id` is passed over. Groups (or JSON)
+/// and source addresses are separated by spaces. At most 1,000; all or none are made.
 #[utoipa::path(post, path = "/users/import", tag = "users", request_body(content = String, content_type = "text/csv"),
     responses((status = 201, body = Imported), (status = 400, body = Problem), (status = 401, body = Problem), (status = 403, body = Problem), (status = 409, body = Problem),
         (status = 413, body = Problem), (status = 415, body = Problem), (status = 422, body = Problem), (status = 503, body = Problem)))]
@@ -224,7 +230,11 @@ fn parse_row<'a>(get: &dyn Fn(&str) -> &'a str) -> Result<ImportRow> {
                 return Err(Problem::invalid(format!("proxy_access: `{text}`, not true or false")));
             }
         },
-        groups: words(&uncelled(get("groups"))),
+        groups: match uncelled(get("groups")) {
+            text if text.starts_with('[') => serde_json::from_str(&text)
+                .map_err(|error| Problem::invalid(format!("groups: {error}")))?,
+            text => words(&text),
+        },
         expires_at: optional(get("expires_at")).map(|text| time_of(&text)).transpose()?,
         limits: UserLimits {
             up: number("up")?,

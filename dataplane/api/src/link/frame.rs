@@ -174,6 +174,7 @@ mod tests {
             version: 2,
             generation: 300,
             program: "0.1.0".into(),
+            command: 0,
         };
         let usage = Usage { user: 5, up: 1000, down: 2000, held: Some(9000) };
         let report = Report { boot: 7, sequence: 3, users: vec![usage], last: true, uncertain: 17 };
@@ -242,7 +243,7 @@ mod tests {
             target: "a.example:443".into(),
         };
         let welcome = Welcome { version: 1, refusal: "no".into() };
-        let command = |kind| down::Body::Command(Command { kind: Some(kind), age_ms: 0 });
+        let command = |kind| down::Body::Command(Command { kind: Some(kind), id: 0 });
         let bodies = [
             ("welcome", down::Body::Welcome(welcome)),
             ("snapshot", down::Body::Snapshot(snapshot)),

@@ -122,6 +122,9 @@ pub struct Hello {
     /// The program's version.
     #[prost(string, tag = "6")]
     pub program: String,
+    /// The last command that came to this boot; 0 is none.
+    #[prost(uint64, tag = "7")]
+    pub command: u64,
 }
 
 /// The node is known.
@@ -459,9 +462,9 @@ pub struct Command {
     /// What; `None` is something a later version asks for.
     #[prost(oneof = "command::Kind", tags = "1, 2, 3")]
     pub kind: Option<command::Kind>,
-    /// Milliseconds since it was asked for: it may come late, or again, and what began later is not meant.
+    /// Its number; later ones have higher numbers, until a database is replaced.
     #[prost(uint64, tag = "4")]
-    pub age_ms: u64,
+    pub id: u64,
 }
 
 /// Kinds of [`Command`].

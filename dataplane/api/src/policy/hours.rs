@@ -22,6 +22,18 @@ pub enum Weekday {
     Sun,
 }
 
+impl Weekday {
+    /// All of them.
+    pub const ALL: [Self; 7] =
+        [Self::Mon, Self::Tue, Self::Wed, Self::Thu, Self::Fri, Self::Sat, Self::Sun];
+
+    /// The day before.
+    #[must_use]
+    pub fn before(self) -> Self {
+        Self::ALL[(self as usize + 6) % 7]
+    }
+}
+
 /// A part of a day, `"08:00-18:30"`, to its end but not with it; `"22:00-06:00"` goes over midnight.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Hours {

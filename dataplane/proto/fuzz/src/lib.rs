@@ -44,6 +44,8 @@ pub fn drive(mut server: impl Handshake, login: Login, right: bool, outcome: Out
                 if !server.resume() {
                     return;
                 }
+                // Each request is logged in for itself.
+                verified = false;
             }
         }
     }

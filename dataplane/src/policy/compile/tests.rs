@@ -420,7 +420,7 @@ fn changes_come_to_the_same_as_the_whole() {
 fn rules_hold_at_their_times() {
     let policy = "default = 'deny'\ntimezone = 'Europe/Berlin'\n\
         [[rule]]\nname = 'office'\nwhen = { time = ['08:00-18:00'], weekday = ['mon', 'fri'] }\n\
-        [[rule]]\nname = 'night'\nwhen = { time = ['22:00-02:00'] }\n";
+        [[rule]]\nname = 'night'\nwhen = { time = ['22:00-02:00'], weekday = ['mon', 'tue'] }\n";
     let snapshot = compiled(policy, None).unwrap();
     let at = |time: &str| {
         let at = time.parse::<jiff::Timestamp>().unwrap().as_second();
@@ -438,6 +438,10 @@ fn rules_hold_at_their_times() {
         ("2026-07-06T20:00:00Z", "night: 203.0.114.1:80"),
         ("2026-07-06T23:59:59Z", "night: 203.0.114.1:80"),
         ("2026-07-07T00:00:00Z", "denied by default"),
+        // What began on Tuesday goes on into Wednesday, what would begin on Wednesday does not.
+        ("2026-07-07T23:00:00Z", "night: 203.0.114.1:80"),
+        ("2026-07-08T21:00:00Z", "denied by default"),
+        ("2026-07-05T23:00:00Z", "denied by default"),
     ] {
         assert_eq!(at(time), said, "{time}");
     }
