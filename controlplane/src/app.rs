@@ -14,7 +14,7 @@ use tokio::net::TcpListener;
 use crate::{
     auth::{LoginThrottle, Seal, Tokens, hash_password, random_password, secret_file},
     calendar::Calendar,
-    config::{Config, Tls},
+    config::{Config, Key, Tls},
     http::{self, App},
     link::{Authority, Hub},
     store::{
@@ -173,16 +173,24 @@ pub fn forget_first_password(state: &Path, user: &str) {
 /// # Errors
 /// A key file cannot be had.
 pub fn parts(config: &Config, store: Store) -> anyhow::Result<App> {
-    let key = |name: &str| {
-        let path = config.state.dir.join(name);
-        secret_file(&path).with_context(|| path.display().to_string())
+    let key = |given: &Key, name: &str| match given.bytes() {
+        Ok(None) => {
+            let path = config.state.dir.join(name);
+            secret_file(&path).with_context(|| path.display().to_string())
+        }
+        Ok(Some(key)) => Ok(key),
+        Err(wanted) => Err(anyhow::anyhow!("{name}: {wanted}")),
     };
-    let seal = Seal::new(&key("seal.key")?).context("seal.key has less than 32 bytes")?;
+    let seal = Seal::new(&key(&config.keys.seal, "seal.key")?)
+        .context("seal.key has less than 32 bytes")?;
     Ok(App {
         hub: Hub::new(store.clone()),
-        authority: Arc::new(Authority::open(&config.state.dir)?),
+        authority: Arc::new(Authority::open(config)?),
         store,
-        tokens: Arc::new(Tokens::new(&key("jwt.key")?, config.auth.access_token.0)),
+        tokens: Arc::new(Tokens::new(
+            &key(&config.keys.jwt, "jwt.key")?,
+            config.auth.access_token.0,
+        )),
         refresh_life: i64::try_from(config.auth.refresh_token.0.as_micros())?,
         trusted_proxies: config.server.trusted_proxies.clone().into(),
         state: config.state.dir.as_path().into(),
@@ -430,4 +438,54 @@ async fn clean_once(store: &Store) -> Result<(), sea_orm::DbErr> {
     let oldest = store.generation().await? - CHANGES;
     change::Entity::delete_many().filter(change::Column::Generation.lt(oldest)).exec(db).await?;
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::store::tests::{new_store, servers};
+
+    /// What is older than the settings say goes, and nothing else; one control plane does it.
+    #[tokio::test]
+    async fn old_rows_are_deleted_by_one() {
+        for server in servers() {
+            let (store, _folder) = new_store(server.as_deref()).await;
+            let (db, now) = (store.db(), now());
+            for (number, age) in [0, 29 * DAY, 31 * DAY, 400 * DAY].into_iter().enumerate() {
+                let number = number as i64;
+                let log = access_log::ActiveModel {
+                    node_id: Set(1),
+                    boot: Set(1),
+                    sequence: Set(number),
+                    at: Set(now - age),
+                    user_id: Set(1),
+                    user_name: Set("ann".into()),
+                    client: Set(String::new()),
+                    target: Set(String::new()),
+                    ended: Set(String::new()),
+                    bytes_up: Set(0),
+                    bytes_down: Set(0),
+                    body: Set("{}".into()),
+                    ..Default::default()
+                };
+                access_log::Entity::insert(log).exec_without_returning(db).await.unwrap();
+                let minute = traffic::ActiveModel {
+                    at: Set(now - age),
+                    user_id: Set(1),
+                    node_id: Set(1),
+                    up: Set(1),
+                    down: Set(1),
+                };
+                traffic::Entity::insert(minute).exec_without_returning(db).await.unwrap();
+            }
+            clean_once(&store).await.unwrap();
+            assert_eq!(access_log::Entity::find().count(db).await.unwrap(), 2);
+            assert_eq!(traffic::Entity::find().count(db).await.unwrap(), 2);
+
+            let other = store.clone();
+            assert!(store.takes("clean", DAY).await.unwrap());
+            assert!(!other.takes("clean", DAY).await.unwrap());
+            assert!(other.takes("clean", 0).await.unwrap(), "the period is over");
+        }
+    }
 }

@@ -305,7 +305,7 @@ impl NodeCommand {
                 let config = file.load()?;
                 let store = app::store(&config).await?;
                 http::check_name(&name).map_err(refused)?;
-                let issued = Authority::open(&config.state.dir)?.node(&name)?;
+                let issued = Authority::open(&config)?.node(&name)?;
                 let edit = store.edit(actor()).await?;
                 let added = http::add_node(edit.db(), &name, &issued.fingerprint).await;
                 edit.commit(added.map_err(failed)?.1).await.map_err(failed)?;
@@ -315,7 +315,7 @@ impl NodeCommand {
             Self::Identity { name, file } => {
                 let config = file.load()?;
                 let store = app::store(&config).await?;
-                let issued = Authority::open(&config.state.dir)?.node(&name)?;
+                let issued = Authority::open(&config)?.node(&name)?;
                 let edit = store.edit(actor()).await?;
                 let node = known_node(edit.db(), &name).await?;
                 if node.status != "active" {

@@ -1,10 +1,12 @@
 //! The control plane's configuration: a file, the environment over it, flags over both.
 
 use std::{
+    fmt,
     net::SocketAddr,
     path::{Path, PathBuf},
 };
 
+use base64::{Engine, prelude::BASE64_STANDARD};
 use culvert_api::{
     Place, Problem, Span,
     config::{Format, Tree},
@@ -29,6 +31,8 @@ pub struct Config {
     pub link: Link,
     /// Tokens.
     pub auth: Auth,
+    /// Keys that are not in files.
+    pub keys: Keys,
     /// The log.
     pub log: Log,
 }
@@ -137,6 +141,47 @@ fn empty_or_address<S: Serializer>(
     serializer.collect_str(&address.map(|address| address.to_string()).unwrap_or_default())
 }
 
+/// Keys that are given, best by the environment, instead of kept in the state directory: each control plane of
+/// one database has the same. What is empty is in its file.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, Default)]
+#[serde(default, deny_unknown_fields)]
+pub struct Keys {
+    /// Signs access tokens: base64 of 32 bytes or more.
+    pub jwt: Key,
+    /// Seals secrets in the database: the same.
+    pub seal: Key,
+    /// Vouches for nodes: a private key as PEM.
+    pub link_authority: Key,
+}
+
+/// A key; never shown.
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize, Default)]
+#[serde(transparent)]
+pub struct Key(String);
+
+impl Key {
+    /// The text, if it is given.
+    pub fn text(&self) -> Option<&str> {
+        Some(&*self.0).filter(|text| !text.is_empty())
+    }
+
+    /// The bytes, if it is given as base64 of enough.
+    ///
+    /// # Errors
+    /// It is not.
+    pub fn bytes(&self) -> Result<Option<Vec<u8>>, &'static str> {
+        let Some(text) = self.text() else { return Ok(None) };
+        let bytes = BASE64_STANDARD.decode(text.trim()).ok().filter(|bytes| bytes.len() >= 32);
+        bytes.map(Some).ok_or("base64 of 32 bytes or more, such as `openssl rand -base64 32` makes")
+    }
+}
+
+impl fmt::Debug for Key {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(if self.0.is_empty() { "\"\"" } else { "***" })
+    }
+}
+
 /// Tokens.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
@@ -221,6 +266,11 @@ impl Config {
         let mut say = |key: &str, message: &str| {
             problems.push(Problem::new(tree.place(key), key, message));
         };
+        for (key, given) in [("keys.jwt", &self.keys.jwt), ("keys.seal", &self.keys.seal)] {
+            if let Err(wanted) = given.bytes() {
+                say(key, wanted);
+            }
+        }
         let url = &self.database.url;
         let known = ["mysql://", "sqlite://", "sqlite::"].iter().any(|kind| url.starts_with(kind));
         if !url.is_empty() && !known {

@@ -5,6 +5,8 @@
 
 pub mod entity;
 mod schema;
+#[cfg(test)]
+pub mod tests;
 
 use std::{
     path::Path,

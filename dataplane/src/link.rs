@@ -593,7 +593,7 @@ impl Follower {
         let put = beside_the_workers(move || {
             let mut copy = lock(&follower.copy);
             let change = change(&copy).map_err(|reason| vec![reason])?;
-            node.follow(change.draft())
+            node.follow(change.draft(), generation)
                 .map_err(|problems| problems.iter().map(Problem::to_string).collect::<Vec<_>>())?;
             let appended = copy.apply(change);
             if let Err(error) = copy.keep(appended.as_deref()) {

@@ -187,7 +187,7 @@ impl Node {
         let compiled = |policy: &Policy| {
             compile(Draft::Whole(policy), config.settings.clone(), own.clone(), 1, None)
         };
-        let snapshot = match compiled(kept.as_ref().unwrap_or(&config.policy)) {
+        let mut snapshot = match compiled(kept.as_ref().unwrap_or(&config.policy)) {
             Ok(snapshot) => snapshot,
             Err(problems) => {
                 let problems = crate::log::problems(&problems);
@@ -200,6 +200,9 @@ impl Node {
             }
         };
         drop(kept);
+        if let Some(follower) = &follower {
+            snapshot.version = follower.generation.load(Relaxed);
+        }
         // Sessions of all kinds, and records that are not written yet.
         let slots = sessions_max(None) + SLOTS_SPARE + RECORDS;
         let map = Map::new(dir, boot, config.workers, slots).map_err(|error| {
@@ -287,7 +290,7 @@ impl Node {
                 true => Draft::SAME,
                 false => Draft::Whole(&config.policy),
             };
-            let generation = self.put(draft, &config.settings)?;
+            let generation = self.put(draft, None, &config.settings)?;
             self.shared.places.set_max(sessions_max(config.sessions));
             *present = config.settings.clone();
             Ok(generation)
@@ -297,18 +300,23 @@ impl Node {
         })
     }
 
-    /// Puts the control plane's policy in force, with the settings of the file.
+    /// Puts the control plane's policy, of its generation `version`, in force with the settings of the file.
     ///
     /// # Errors
     /// All problems; the policy before stays.
-    pub fn follow(&self, draft: Draft<'_>) -> Result<u64, Vec<Problem>> {
+    pub fn follow(&self, draft: Draft<'_>, version: u64) -> Result<u64, Vec<Problem>> {
         let present = self.present.lock().unwrap_or_else(PoisonError::into_inner);
-        self.put(draft, &present).inspect_err(|_| {
+        self.put(draft, Some(version), &present).inspect_err(|_| {
             self.rejected.fetch_add(1, Relaxed);
         })
     }
 
-    fn put(&self, draft: Draft<'_>, settings: &Settings) -> Result<u64, Vec<Problem>> {
+    fn put(
+        &self,
+        draft: Draft<'_>,
+        version: Option<u64>,
+        settings: &Settings,
+    ) -> Result<u64, Vec<Problem>> {
         let previous = self.shared.snapshot.load_full();
         let generation = previous.generation + 1;
         // The host may have got further addresses since.
@@ -320,7 +328,10 @@ impl Node {
             generation,
             Some(&previous),
         );
-        let snapshot = compiled?;
+        let mut snapshot = compiled?;
+        if self.follower.is_some() {
+            snapshot.version = version.unwrap_or(previous.version);
+        }
         // Sorted here, not where the main thread may wait for it.
         snapshot.directory.next_expiry(worker::unix_now());
         self.shared.everyone.apply(&settings.node);

@@ -7,7 +7,10 @@ use sea_orm::ActiveModelTrait;
 use super::*;
 use crate::{
     app, http,
-    store::{Command, entity},
+    store::{
+        Command, entity,
+        tests::{new_store, servers},
+    },
     usage,
 };
 
@@ -74,10 +77,9 @@ struct Fleet {
 }
 
 impl Fleet {
-    async fn new(nodes: usize) -> Self {
-        let folder = tempfile::tempdir().unwrap();
-        let store = Store::connect(&crate::store::sqlite_url(folder.path()), 1).await.unwrap();
-        store.migrate().await.unwrap();
+    /// With a database of its own.
+    async fn new(server: Option<&str>, nodes: usize) -> Self {
+        let (store, folder) = new_store(server).await;
         let mut row = app::new_user("ann", "-", "user");
         row.quota_bytes = Set(Some(QUOTA));
         row.quota_period = Set(Some("total".into()));
@@ -181,8 +183,10 @@ impl Dice {
 
 #[tokio::test]
 async fn no_order_of_messages_gives_a_byte_twice() {
-    for seed in 1..=6 {
-        let mut fleet = Fleet::new(4).await;
+    for (server, seed) in
+        servers().flat_map(|server| (1..=6).map(move |seed| (server.clone(), seed)))
+    {
+        let mut fleet = Fleet::new(server.as_deref(), 4).await;
         let mut dice = Dice(0x9e37_79b9_7f4a_7c15_u64.wrapping_mul(seed));
         for _ in 0..600 {
             let node = dice.below(4) as usize;
@@ -231,7 +235,12 @@ async fn no_order_of_messages_gives_a_byte_twice() {
 /// A lease is kept as long as its boot is heard of, however long ago it was granted.
 #[tokio::test]
 async fn only_leases_of_boots_that_are_gone_are_deleted() {
-    let fleet = Fleet::new(2).await;
+    for server in servers() {
+        leases_of_gone_boots_are_deleted(Fleet::new(server.as_deref(), 2).await).await;
+    }
+}
+
+async fn leases_of_gone_boots_are_deleted(fleet: Fleet) {
     let (db, users) = (fleet.store.db(), [fleet.user.cast_unsigned()]);
     for node in &fleet.nodes {
         grant(&fleet.store, node.boot, &users).await.unwrap();

@@ -1,8 +1,6 @@
 //! The link's own authority: it vouches for the control planes of one database and for their nodes, and for
 //! nobody else.
 
-use std::path::Path;
-
 use anyhow::Context;
 use culvert_link::SERVER_NAME;
 use rcgen::{
@@ -11,7 +9,7 @@ use rcgen::{
 };
 use time::{Duration, OffsetDateTime};
 
-use crate::auth::secret_file_with;
+use crate::{auth::secret_file_with, config::Config};
 
 /// The file of its key in the state directory. Control planes of one database share it.
 const FILE: &str = "link-authority.key";
@@ -49,10 +47,13 @@ impl Authority {
     ///
     /// # Errors
     /// The file cannot be read, written or understood.
-    pub fn open(state_dir: &Path) -> anyhow::Result<Self> {
-        let path = state_dir.join(FILE);
+    pub fn open(config: &Config) -> anyhow::Result<Self> {
+        let path = config.state.dir.join(FILE);
         let new = || Ok(KeyPair::generate().map_err(std::io::Error::other)?.serialize_pem().into());
-        let pem = secret_file_with(&path, new).with_context(|| path.display().to_string())?;
+        let pem = match config.keys.link_authority.text() {
+            Some(given) => given.as_bytes().to_vec(),
+            None => secret_file_with(&path, new).with_context(|| path.display().to_string())?,
+        };
         let key = std::str::from_utf8(&pem).ok().and_then(|pem| KeyPair::from_pem(pem).ok());
         let key = key.with_context(|| {
             format!("{}: not a private key; copy it from the other control plane", path.display())

@@ -326,6 +326,60 @@ fn lists_are_sorted_and_say_by_what() {
     });
 }
 
+/// Keys may come by the environment; then there are no files of them.
+#[test]
+fn keys_are_given_by_the_environment() {
+    let key = |byte: u8| base64::prelude::BASE64_STANDARD.encode([byte; 32]);
+    let names = ["CULVERT_CTL_KEYS_JWT", "CULVERT_CTL_KEYS_SEAL"];
+    let environment = vec![(names[0], key(1)), (names[1], key(2))];
+    let planes = Planes::start_as(None, "", environment);
+    let token = planes.login_admin();
+    assert_eq!(planes.ask_as(&token, "GET", "/auth/me", None).0, 200);
+    for name in ["jwt.key", "seal.key"] {
+        assert!(!planes.state().join(name).exists(), "{name}");
+    }
+    assert!(
+        jsonwebtoken::decode::<Value>(
+            &token,
+            &jsonwebtoken::DecodingKey::from_secret(&[1; 32]),
+            &{
+                let mut validation = jsonwebtoken::Validation::default();
+                validation.set_audience(&["culvert-api"]);
+                validation
+            }
+        )
+        .is_ok()
+    );
+    let (done, told) = planes.command(&["user", "list", "--set", "keys.jwt=short"], "");
+    assert!(!done && told.contains("keys.jwt") && told.contains("32 bytes"), "{told}");
+}
+
+/// What the command line tells is what there is; a schema that is up to date stays.
+#[test]
+fn the_command_line_lists_and_migrates() {
+    on_each(|planes| {
+        planes.user("ann", json!({}));
+        let _node = planes.node("edge");
+        let run = |words: &[&str]| {
+            let (done, told) = planes.command(words, "");
+            assert!(done, "{words:?}: {told}");
+            told
+        };
+        let users = run(&["user", "list"]);
+        assert!(
+            users.contains("\tadmin\tadmin\tactive") && users.contains("\tann\tuser\tactive"),
+            "{users}"
+        );
+        assert!(run(&["node", "list"]).contains("\tedge\tactive\t"), "{users}");
+        run(&["migrate"]);
+        assert_eq!(planes.must("GET", "/users", Value::Null)["total"], 2);
+        for words in [["user", "disable", "nobody"], ["node", "revoke", "nowhere"]] {
+            let (done, told) = planes.command(&words, "");
+            assert!(!done && told.contains("there is no"), "{told}");
+        }
+    });
+}
+
 /// The file with the first password is there as long as that is good.
 #[test]
 fn the_first_password_is_forgotten_with_its_use() {

@@ -1,6 +1,7 @@
 //! Faults of the link, the disk and the database: nothing is lost, nothing counted twice.
 
 use std::{
+    collections::BTreeMap,
     fs,
     io::{Read, Write},
     net::{Shutdown, TcpListener},
@@ -8,7 +9,7 @@ use std::{
     path::{Path, PathBuf},
     process::Command,
     sync::{
-        Arc,
+        Arc, Mutex,
         atomic::{AtomicBool, AtomicU64, Ordering::Relaxed},
     },
     thread,
@@ -215,6 +216,49 @@ fn sql(socket: &str, text: &str) {
         .args(["--no-defaults", "-u", "root", "-S", socket, "-e", text])
         .status();
     assert!(done.unwrap().success(), "{text}");
+}
+
+/// Connections that the database server ends under a request are no fault of the control plane's.
+#[test]
+fn killed_connections_are_told_as_such() {
+    on_server(|url, socket| {
+        let planes = Planes::start(Some(url.clone()));
+        let name = url.rsplit_once('/').unwrap().1.split('?').next().unwrap().to_owned();
+        let sql = |text: &str| {
+            let mut command = Command::new("mariadb");
+            command.args(["--no-defaults", "-u", "root", "-N", "-e", text, "--socket", socket]);
+            String::from_utf8(command.output().unwrap().stdout).unwrap()
+        };
+        let (over, told) = (AtomicBool::new(false), Mutex::new(BTreeMap::new()));
+        thread::scope(|scope| {
+            for worker in 0..3 {
+                let (planes, over, told) = (&planes, &over, &told);
+                scope.spawn(move || {
+                    for number in 0.. {
+                        if over.load(Relaxed) {
+                            return;
+                        }
+                        let entry = json!({ "cidr": format!("10.{worker}.{}.{}", number / 256, number % 256) });
+                        let (status, _) = planes.ask("POST", "/whitelist", Some(&entry));
+                        *told.lock().unwrap().entry(status).or_insert(0) += 1;
+                    }
+                });
+            }
+            for _ in 0..rounds(30, 1000) {
+                let list = sql(&format!(
+                    "SELECT id FROM information_schema.processlist WHERE db = '{name}'"
+                ));
+                for id in list.split_whitespace() {
+                    sql(&format!("KILL {id}"));
+                }
+            }
+            over.store(true, Relaxed);
+        });
+        let told = told.into_inner().unwrap();
+        // 409: it was made, and the answer of the commit was lost.
+        assert!(told.keys().all(|status| [201, 409, 503].contains(status)), "{told:?}");
+        assert!(told.contains_key(&201), "{told:?}");
+    });
 }
 
 /// RELIABILITY D9: the database server is killed under load and comes back, again and again.

@@ -207,6 +207,49 @@ fn limits_of_sessions_and_devices_are_followed() {
     });
 }
 
+/// How nodes are is told, and which generation decided is what records say, whatever boot it was.
+#[test]
+fn nodes_tell_how_they_are_and_by_which_generation() {
+    on_each(|planes| {
+        let (mut node, target) = (planes.node("edge"), echo());
+        let id = planes.user("ann", json!({}));
+        await_some("tunnel", || node.tunnel("ann", target).ok());
+        let of_node = || planes.must("GET", "/proxy/nodes", Value::Null)["items"][0].clone();
+        let health = || planes.must("GET", "/proxy/health", Value::Null);
+        await_some("the present generation", || (health()["current"] == 1).then_some(()));
+        let present = of_node()["generation"].clone();
+        assert_eq!(
+            health(),
+            json!({ "nodes": 1, "online": 1, "current": 1, "generation": present })
+        );
+        let deciding = |count: usize| {
+            await_some("records", || {
+                let path = format!("/logs/access?user_id={id}&sort=id&page_size=500");
+                let logs = planes.must("GET", &path, Value::Null);
+                let logs = logs["items"].as_array().unwrap().clone();
+                (logs.len() >= count).then(|| logs.last().unwrap()["record"]["generation"].clone())
+            })
+        };
+        let before = planes.must("GET", &format!("/logs/access?user_id={id}"), Value::Null);
+        let before = before["total"].as_u64().unwrap() as usize;
+        drop(node.tunnel("ann", target).unwrap());
+        await_some("records", || (deciding(before + 1) == present).then_some(()));
+        // The next boot counts its own snapshots from one.
+        node.program.terminate();
+        planes.again(&mut node);
+        drop(await_some("tunnel", || node.tunnel("ann", target).ok()));
+        assert_eq!(deciding(before + 2), present);
+        let beats = await_some("heartbeats", || {
+            let beats = planes.must("GET", "/proxy/heartbeats?sort=-at", Value::Null);
+            (beats["total"].as_u64() >= Some(2)).then_some(beats)
+        });
+        let beat = &beats["items"][0];
+        assert_eq!((&beat["ready"], &beat["node_id"]), (&json!(true), &of_node()["id"]));
+        assert!(beat["memory"].as_i64() > Some(1 << 20) && beat["uptime"].is_i64(), "{beat}");
+        assert_eq!(planes.must("GET", "/proxy/heartbeats?node_id=999", Value::Null)["total"], 0);
+    });
+}
+
 /// A rule holds at its times; what is no time is told.
 #[test]
 fn rules_have_times() {

@@ -107,6 +107,7 @@ impl Denial {
 #[derive(Debug, Clone)]
 pub struct Permit {
     generation: u64,
+    version: u64,
     rule: Option<Arc<str>>,
     user: Option<Arc<User>>,
     upstream: Arc<Upstream>,
@@ -123,6 +124,11 @@ impl Permit {
     /// The snapshot that allowed it.
     pub fn generation(&self) -> u64 {
         self.generation
+    }
+
+    /// What records call that snapshot.
+    pub fn version(&self) -> u64 {
+        self.version
     }
 
     /// The rule that decided; `None` is the default.
@@ -230,6 +236,7 @@ impl Snapshot {
     fn permit(&self, query: Query<'_>, rule: Option<Arc<str>>, upstream: &Arc<Upstream>) -> Permit {
         Permit {
             generation: self.generation,
+            version: self.version,
             rule,
             user: query.user.cloned(),
             upstream: upstream.clone(),

@@ -84,7 +84,15 @@ pub fn compile(
             users.iter().filter_map(|user| directory.find(user.name.as_bytes())).for_each(apply);
         }
     }
-    Ok(Snapshot { _alive: Alive::new(), generation, directory, settings, matchers, own })
+    Ok(Snapshot {
+        _alive: Alive::new(),
+        generation,
+        version: generation,
+        directory,
+        settings,
+        matchers,
+        own,
+    })
 }
 
 struct Compiler {

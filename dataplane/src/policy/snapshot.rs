@@ -46,6 +46,8 @@ impl Drop for Alive {
 pub struct Snapshot {
     /// Its number; each published snapshot has a higher one.
     pub generation: u64,
+    /// What records call it: the control plane's generation, or the number where there is none.
+    pub version: u64,
     /// Users.
     pub directory: Directory,
     /// Values that may change while sessions run: deadlines, limits.

@@ -117,7 +117,7 @@ impl Live {
         if let Some(asked) = &mut *self.asked.borrow_mut() {
             asked.dialled = Some(dialled);
             asked.rule = permit.rule().cloned();
-            asked.generation = permit.generation();
+            asked.generation = permit.version();
             asked.at = permit.at();
         }
     }

@@ -101,7 +101,7 @@ impl Record {
 
     pub(super) fn permitted(&mut self, permit: &Permit) {
         self.rule = permit.rule().cloned();
-        self.generation = permit.generation();
+        self.generation = permit.version();
     }
 
     pub(super) fn denied(&mut self, denial: Denial) {
