@@ -14,8 +14,8 @@ const COST: u32 = 10;
 /// # Errors
 /// Why not.
 pub fn check_password(password: &str) -> Result<(), &'static str> {
-    if password.len() < 8 {
-        Err("a password has at least 8 bytes")
+    if password.chars().count() < 8 {
+        Err("a password has at least 8 characters")
     } else if password.len() > BYTES_MAX || password.contains('\0') {
         Err("a password has at most 72 bytes and no NUL (bcrypt reads no more)")
     } else {
@@ -45,4 +45,27 @@ pub async fn verify_password(password: String, hash: Option<String>) -> bool {
 pub fn random_password() -> String {
     const LETTERS: &[u8] = b"abcdefghijkmnpqrstuvwxyz23456789";
     random::<20>().iter().map(|byte| LETTERS[usize::from(byte % 32)] as char).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn passwords_are_bounded_by_characters_and_by_bytes() {
+        for (password, fits) in [
+            ("1234567", false),
+            ("12345678", true),
+            // More bytes than characters.
+            ("ößößößö", false),
+            ("ößößößöß", true),
+            ("12345678\0", false),
+        ] {
+            assert_eq!(check_password(password).is_ok(), fits, "{password:?}");
+        }
+        assert!(
+            check_password(&"x".repeat(72)).is_ok() && check_password(&"x".repeat(73)).is_err()
+        );
+        assert!(check_password(&"ö".repeat(37)).is_err());
+    }
 }

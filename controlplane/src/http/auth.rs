@@ -209,7 +209,7 @@ struct PasswordChange {
     /// The present one.
     #[schema(max_length = 1024, format = Password)]
     old_password: String,
-    /// 8 to 72 bytes.
+    /// 8 characters or more, 72 bytes or less.
     #[schema(min_length = 8, max_length = 72, format = Password)]
     new_password: String,
 }

@@ -332,7 +332,7 @@ struct NewUser {
     /// 1 to 255 bytes without control characters and colons.
     #[schema(min_length = 1, max_length = 255, pattern = "^[^:\\x00-\\x1f\\x7f]+$")]
     name: String,
-    /// 8 to 72 bytes.
+    /// 8 characters or more, 72 bytes or less.
     #[schema(min_length = 8, max_length = 72, format = Password)]
     password: String,
     /// Role.
@@ -504,7 +504,7 @@ async fn remove(State(app): State<App>, Admin(caller): Admin, Id(id): Id) -> Res
 #[derive(Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 struct NewPassword {
-    /// 8 to 72 bytes.
+    /// 8 characters or more, 72 bytes or less.
     #[schema(min_length = 8, max_length = 72, format = Password)]
     password: String,
 }
