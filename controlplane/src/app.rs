@@ -272,7 +272,8 @@ pub async fn serve(
     tokio::spawn(look(store.clone()));
     tokio::spawn(periods(store.clone()));
     tokio::spawn(clean(store));
-    tracing::info!(address = %server.address, link = %config.link_path().display(), ?nodes, "listening");
+    let nodes = nodes.map(tracing::field::display);
+    tracing::info!(address = %server.address, link = %config.link_path().display(), nodes, "listening");
     let handle = Handle::new();
     let ending = handle.clone();
     tokio::spawn(async move {
@@ -383,6 +384,7 @@ async fn clean(store: Store) {
     loop {
         tick.tick().await;
         let cleaned = async {
+            // Ticks of several planes lie anywhere between each other.
             match store.takes("clean", CLEAN.as_micros() as i64 / 2).await? {
                 true => clean_once(&store).await,
                 false => Ok(()),

@@ -15,7 +15,7 @@ use crate::{
     http,
     link::Authority,
     store::{
-        Actor,
+        Actor, Change,
         entity::{node, user},
     },
 };
@@ -170,7 +170,9 @@ fn run(command: Command) -> anyhow::Result<()> {
             }
             Command::Restore { file } => {
                 let store = app::store(&file.load()?).await?;
-                backup::restore(&store, std::io::stdin().lock()).await
+                backup::restore(&store, std::io::stdin().lock()).await?;
+                let edit = store.edit(actor()).await?;
+                edit.commit(Change::new("backup.restore", "")).await.map_err(failed)
             }
             Command::User(command) => command.run().await,
             Command::Node(command) => command.run().await,
@@ -275,8 +277,8 @@ impl UserCommand {
                 let hash = hash_password(password()?).await.context("no hash could be made")?;
                 let edit = store.edit(actor()).await?;
                 let user = known(edit.db(), &name).await?;
-                let change = http::edit_user::password(edit.db(), user.id, &hash).await;
-                edit.commit(change.map_err(refused)?).await.map_err(failed)?;
+                let changed = http::edit_user::password(edit.db(), user.id, &hash).await;
+                edit.commit(changed.map_err(refused)?.1).await.map_err(failed)?;
                 app::forget_first_password(&config.state.dir, &name);
                 Ok(())
             }

@@ -214,7 +214,6 @@ pub async fn check_together(db: &impl ConnectionTrait) -> Result<(), Problem> {
 /// The policy without its users.
 async fn policy(db: &impl ConnectionTrait) -> Result<Policy, DbErr> {
     let mut policy = Policy::default();
-    crate::http::settings_of(db).await?.apply(&mut policy);
     let filters = url_filter::Entity::find().filter(url_filter::Column::Enabled.eq(true));
     let filters = filters.order_by_asc(url_filter::Column::Id).all(db).await?;
     // One that is left out might be the one that refuses: rather nothing new than that.
@@ -231,6 +230,7 @@ async fn policy(db: &impl ConnectionTrait) -> Result<Policy, DbErr> {
     let clients = clients.collect::<Result<Vec<_>, _>>();
     let clients = clients.map_err(|error| unreadable(error.to_string()))?;
     policy.whitelist = (!clients.is_empty()).then_some(clients);
+    crate::http::settings_of(db).await?.apply(&mut policy);
     Ok(policy)
 }
 

@@ -212,9 +212,10 @@ impl Meter {
     }
 
     /// What was done since the last time goes into a record: until that is written, recovery finds it
-    /// here. Goes on in another slot. `None` if it is nobody's, or there is no other slot.
+    /// here. Goes on in another slot. `None` if it is nobody's, if nothing outlives this process, or if there
+    /// is no other slot.
     pub fn record(&self) -> Option<Owed> {
-        let (_, total) = self.user.get()?;
+        let (_, total) = self.user.get().filter(|_| self.ledger.region.is_kept)?;
         let next = self.ledger.slot()?;
         self.close();
         self.slot().set(State::Owed(total));

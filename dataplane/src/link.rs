@@ -743,8 +743,8 @@ fn report_of(found: &Recovered) -> link::Report {
     }
 }
 
-/// Records of sessions that were cut by the end of a boot, or whose record was not written before it. Their numbers are the same each time, so that
-/// none is there twice.
+/// Records of sessions that were cut by the end of a boot, or whose record was not written before it. Their
+/// numbers are the same each time, so that none is there twice.
 fn crashed(found: &Recovered) -> Vec<link::Record> {
     let time = time::OffsetDateTime::now_utc();
     let time = time.format(&time::format_description::well_known::Rfc3339).unwrap_or_default();

@@ -232,7 +232,7 @@ async fn password(
     app.throttle.forgive(from.0, &caller.user.name);
     let hash = hash_password(change.new_password).await.ok_or_else(no_hash)?;
     let edit = app.store.edit(caller.actor()).await?;
-    let change = edit::password(edit.db(), caller.user.id, &hash).await?;
+    let (_, change) = edit::password(edit.db(), caller.user.id, &hash).await?;
     edit.commit(change).await?;
     crate::app::forget_first_password(&app.state, &caller.user.name);
     Ok(StatusCode::NO_CONTENT)

@@ -1,7 +1,7 @@
 //! Settings of the policy and of the control plane.
 
 use axum::{Json, extract::State};
-use culvert_api::policy::{Access, Policy};
+use culvert_api::policy::{Access, Policy, Rule};
 use sea_orm::{
     ColumnTrait, ConnectionTrait, DbErr, EntityTrait, QueryFilter, QuerySelect, Set,
     sea_query::OnConflict,
@@ -90,7 +90,10 @@ impl Settings {
         policy.allow_internal =
             self.allow_internal.iter().filter_map(|text| network(text).ok()).collect();
         policy.deny_ports.clone_from(&self.deny_ports);
-        policy.timezone = (self.time_zone != "UTC").then(|| self.time_zone.clone());
+        // Only where it says something: a node of the version before does not know it.
+        let is_timed = |rule: &Rule| !rule.when.time.is_empty() || !rule.when.weekday.is_empty();
+        let is_said = self.time_zone != "UTC" && policy.rule.iter().any(is_timed);
+        policy.timezone = is_said.then(|| self.time_zone.clone());
     }
 
     /// Days rows are kept: access log, traffic, audit.
@@ -197,4 +200,24 @@ async fn update(
     let settings = new;
 
     Ok(Json(settings))
+}
+
+#[cfg(test)]
+mod tests {
+    use culvert_api::policy::Weekday;
+
+    use super::*;
+
+    #[test]
+    fn nodes_are_told_the_zone_if_a_rule_needs_it() {
+        let settings = Settings { time_zone: "Europe/Berlin".into(), ..Settings::default() };
+        let mut policy = Policy { rule: vec![Rule::default()], ..Policy::default() };
+        settings.apply(&mut policy);
+        assert_eq!(policy.timezone, None);
+        policy.rule[0].when.weekday = vec![Weekday::Mon];
+        settings.apply(&mut policy);
+        assert_eq!(policy.timezone.as_deref(), Some("Europe/Berlin"));
+        Settings::default().apply(&mut policy);
+        assert_eq!(policy.timezone, None);
+    }
 }

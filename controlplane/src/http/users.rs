@@ -522,9 +522,8 @@ async fn password(
     check_password(&new.password).map_err(Problem::invalid)?;
     let hash = hash_password(new.password).await.ok_or_else(no_hash)?;
     let edit = app.store.edit(caller.actor()).await?;
-    let name = edit::find(edit.db(), id).await?.name;
-    let change = edit::password(edit.db(), id, &hash).await?;
+    let (user, change) = edit::password(edit.db(), id, &hash).await?;
     edit.commit(change).await?;
-    crate::app::forget_first_password(&app.state, &name);
+    crate::app::forget_first_password(&app.state, &user.name);
     Ok(StatusCode::NO_CONTENT)
 }

@@ -255,6 +255,8 @@ fn a_backup_is_restored_into_either_database() {
         transfer(&node, "ann", target, 700);
         await_some("bytes", || (planes.used(&id) == moved + 1400).then_some(()));
         kick(&planes);
+        let log = planes.must("GET", "/logs/audit?action=backup.restore", Value::Null);
+        assert_eq!(log["total"], 1, "{log}");
     });
 }
 

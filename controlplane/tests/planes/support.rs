@@ -114,7 +114,7 @@ impl Drop for Program {
 pub fn address_of(line: &str, key: &str) -> SocketAddr {
     let (_, rest) = line.split_once(key).unwrap();
     let word = rest.split_whitespace().next().unwrap();
-    word.trim_start_matches("Some(").trim_end_matches(')').parse().unwrap()
+    word.parse().unwrap()
 }
 
 /// A control plane and nodes that follow it.
@@ -293,8 +293,7 @@ impl Planes {
     }
 
     pub fn admin_password(&self) -> String {
-        let file = self.folder.path().join("control/initial-admin");
-        let password = fs::read_to_string(file).unwrap();
+        let password = fs::read_to_string(self.state().join("initial-admin")).unwrap();
         password.trim().split(' ').nth(1).unwrap().to_owned()
     }
 

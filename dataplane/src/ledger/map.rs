@@ -151,6 +151,8 @@ pub struct Region {
     memory: Arc<MmapRaw>,
     start: usize,
     slots: usize,
+    /// Whether it outlives the process.
+    pub(super) is_kept: bool,
 }
 
 pub(super) fn region_bytes(slots: usize) -> usize {
@@ -201,7 +203,8 @@ impl Map {
     pub fn region(&self, worker: usize) -> Region {
         assert!(worker < self.workers);
         let start = HEAD + worker * region_bytes(self.slots);
-        Region { memory: self.memory.clone(), start, slots: self.slots }
+        let is_kept = self.path.is_some();
+        Region { memory: self.memory.clone(), start, slots: self.slots, is_kept }
     }
 }
 

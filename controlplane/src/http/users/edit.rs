@@ -131,13 +131,17 @@ pub(crate) async fn disable(db: &DatabaseTransaction, id: i64) -> Result<Change>
 ///
 /// # Errors
 /// There is no such user, or the database fails.
-pub(crate) async fn password(db: &DatabaseTransaction, id: i64, hash: &str) -> Result<Change> {
+pub(crate) async fn password(
+    db: &DatabaseTransaction,
+    id: i64,
+    hash: &str,
+) -> Result<(UserView, Change)> {
     let old = find(db, id).await?;
     let mut row = old.clone().into_active_model();
     row.password_hash = Set(hash.to_owned());
     row.token_epoch = Set(old.token_epoch + 1);
     refresh::Entity::delete_many().filter(refresh::Column::UserId.eq(id)).exec(db).await?;
-    Ok(write(db, "user.password", old, row, None).await?.1)
+    write(db, "user.password", old, row, None).await
 }
 
 /// Takes a user out, with all that is only theirs.
