@@ -146,6 +146,7 @@ pub fn new_user(name: &str, hash: &str, role: &str) -> user::ActiveModel {
         sessions: Set(None),
         new_sessions_per_second: Set(None),
         devices: Set(None),
+        evict_oldest: Set(false),
         source_addresses: Set("[]".into()),
         egress_address: Set(None),
         quota_bytes: Set(None),

@@ -311,6 +311,7 @@ async fn of_nodes(
             sessions: small(row.sessions),
             new_sessions_per_second: small(row.new_sessions_per_second),
             devices: small(row.devices),
+            evict_oldest: row.evict_oldest,
             source_addresses: serde_json::from_str(&row.source_addresses).unwrap_or_default(),
             egress_address: row.egress_address.unwrap_or_default(),
             metered: row.quota_bytes.is_some(),

@@ -108,6 +108,8 @@ causes! {
     DialFailed = "dial_failed",
     /// The command or address type is not supported.
     Unsupported = "unsupported",
+    /// The user's limit of devices is reached, and another one came later.
+    Evicted = "evicted",
     /// The user or the permission was taken away.
     Revoked = "revoked",
     /// An operator ended it.

@@ -29,7 +29,7 @@ use culvert_rt::{
     Driver, ListenerOptions, Runtime, RuntimeOptions, Sender, bind_listener, mailbox,
     probe_listener,
 };
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{Notify, mpsc, oneshot};
 
 pub use reload::Source;
 pub(crate) use reload::beside_the_workers;
@@ -221,6 +221,7 @@ impl Node {
             throttles: Throttles::new(),
             logins: LoginPool::start(culvert_rt::available_cores().len(), key)?,
             resolver: Resolver::start(&config.resolver)?,
+            evicted: Notify::new(),
             draining: AtomicBool::new(false),
         });
         state::recall(&shared.snapshot.load(), config.state_dir.as_deref());

@@ -22,7 +22,7 @@ use arc_swap::ArcSwap;
 use crossbeam::queue::ArrayQueue;
 use culvert_proto::Name;
 use culvert_rt::{Mailbox, Sender, Signal, Wheel, sleep, spawn, spawn_vital};
-use tokio::sync::oneshot;
+use tokio::sync::{Notify, oneshot};
 
 pub use place::{NodePlace, NodePlaces};
 
@@ -60,6 +60,8 @@ pub struct Shared {
     pub logins: LoginPool,
     /// Where names are resolved.
     pub resolver: Resolver,
+    /// A client address gave way to another of its user: sessions are to be judged again.
+    pub evicted: Notify,
     /// The node takes no more sessions.
     pub draining: AtomicBool,
 }
@@ -349,8 +351,8 @@ impl Worker {
         let live = self.live();
         for slice in live.chunks(SLICE) {
             for live in slice {
-                if !live.is_allowed(&snapshot) {
-                    live.stop(Cause::Revoked);
+                if let Some(cause) = live.judge(&snapshot) {
+                    live.stop(cause);
                     self.counters.revoked.add(1);
                 }
             }

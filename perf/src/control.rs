@@ -335,7 +335,7 @@ pub(crate) fn user(id: usize, name: &str, hash: &str, role: &str, quota: Option<
     json!({
         "id": id, "name": name, "password_hash": hash, "role": role, "status": "active",
         "proxy_access": role == "user", "expires_at": null, "groups": "[\"staff\"]", "sessions": 100_000,
-        "new_sessions_per_second": null, "devices": 3, "source_addresses": "[]",
+        "new_sessions_per_second": null, "devices": 3, "evict_oldest": false, "source_addresses": "[]",
         "egress_address": null, "quota_bytes": quota, "quota_period": quota.map(|_| "month"),
         "comment": "", "token_epoch": 1, "totp_secret": null, "totp_pending": null, "totp_step": 0,
         "created_at": 1, "updated_at": 1

@@ -69,6 +69,9 @@ pub(crate) struct UserLimits {
     /// Client addresses at once.
     #[schema(minimum = 1, maximum = 64)]
     devices: Option<i64>,
+    /// With `devices` in use, a further address takes the place of the one that came first, whose sessions
+    /// end; otherwise the further address is refused.
+    evict_oldest: bool,
     /// Client networks the user may come from; empty is any.
     #[schema(max_items = 64)]
     source_addresses: Vec<String>,
@@ -239,6 +242,7 @@ impl UserView {
                 sessions: user.sessions,
                 new_sessions_per_second: user.new_sessions_per_second,
                 devices: user.devices,
+                evict_oldest: user.evict_oldest,
                 source_addresses: list(&user.source_addresses),
                 egress_address: user.egress_address,
                 quota_bytes: user.quota_bytes,

@@ -36,7 +36,8 @@ table!(
     user = "users", true: id: i64;
     name: String, password_hash: String, role: String, status: String, proxy_access: bool,
     expires_at: Option<i64>, groups: String, sessions: Option<i64>,
-    new_sessions_per_second: Option<i64>, devices: Option<i64>, source_addresses: String,
+    new_sessions_per_second: Option<i64>, devices: Option<i64>, evict_oldest: bool,
+    source_addresses: String,
     egress_address: Option<String>, quota_bytes: Option<i64>, quota_period: Option<String>,
     comment: String, token_epoch: i64, totp_secret: Option<String>,
     totp_pending: Option<String>, totp_step: i64, created_at: i64, updated_at: i64,

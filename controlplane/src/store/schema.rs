@@ -99,6 +99,7 @@ fn tables() -> Vec<TableCreateStatement> {
                 ("sessions?", Number),
                 ("new_sessions_per_second?", Number),
                 ("devices?", Number),
+                ("evict_oldest", Flag),
                 ("source_addresses", Text),
                 ("egress_address?", Name(64)),
                 ("quota_bytes?", Number),

@@ -265,7 +265,7 @@ fn users_go_out_and_come_back() {
     on_each(|planes| {
         let limits = json!({
             "up": 1000, "down": 2000, "burst": 3000, "sessions": 4, "new_sessions_per_second": 5,
-            "devices": 6, "source_addresses": ["10.0.0.0/8", "192.0.2.1/32"],
+            "devices": 6, "evict_oldest": true, "source_addresses": ["10.0.0.0/8", "192.0.2.1/32"],
             "egress_address": "192.0.2.9", "quota_bytes": 7000, "quota_period": "week",
         });
         let more = json!({

@@ -227,7 +227,7 @@ fn sql(socket: &str, text: &str) {
 fn killed_connections_are_told_as_such() {
     on_server(|url, socket| {
         let planes = Planes::start(Some(url.clone()));
-        let name = url.rsplit_once('/').unwrap().1.split('?').next().unwrap().to_owned();
+        let name = url.split('?').next().unwrap().rsplit('/').next().unwrap().to_owned();
         let (over, told) = (AtomicBool::new(false), Mutex::new(BTreeMap::new()));
         thread::scope(|scope| {
             for worker in 0..3 {
@@ -243,6 +243,7 @@ fn killed_connections_are_told_as_such() {
                     }
                 });
             }
+            let mut killed = 0;
             for _ in 0..rounds(30, 1000) {
                 let list =
                     format!("SELECT id FROM information_schema.processlist WHERE db = '{name}'");
@@ -250,15 +251,38 @@ fn killed_connections_are_told_as_such() {
                 let list = String::from_utf8(list).unwrap();
                 for id in list.split_whitespace() {
                     // One may have gone by itself.
-                    let _ = client(socket, &format!("KILL {id}")).output().unwrap();
+                    let kill = client(socket, &format!("KILL {id}")).output().unwrap();
+                    killed += u32::from(kill.status.success());
                 }
             }
+            assert!(killed > 0);
             over.store(true, Relaxed);
         });
         let told = told.into_inner().unwrap();
         // 409: it was made, and the answer of the commit was lost.
         assert!(told.keys().all(|status| [201, 409, 503].contains(status)), "{told:?}");
         assert!(told.contains_key(&201), "{told:?}");
+        // At the very statement, which waits for a lock.
+        for kill in ["KILL QUERY", "KILL"] {
+            let lock = format!("LOCK TABLES {name}.ip_whitelist WRITE; DO SLEEP(60)");
+            let mut locks = client(socket, &lock).spawn().unwrap();
+            let waits = |what: &str| {
+                let list = format!("SELECT id FROM information_schema.processlist WHERE {what}");
+                let list = client(socket, &list).output().unwrap().stdout;
+                let id = String::from_utf8(list).unwrap().trim().to_owned();
+                (!id.is_empty()).then_some(id)
+            };
+            let holder = await_some("the lock", || waits("info = 'DO SLEEP(60)'"));
+            thread::scope(|scope| {
+                let asked = scope.spawn(|| planes.ask("GET", "/whitelist", None).0);
+                let which = format!("db = '{name}' AND state LIKE 'Waiting for table%'");
+                let waiting = await_some("a statement that waits", || waits(&which));
+                sql(socket, &format!("{kill} {waiting}"));
+                assert_eq!(asked.join().unwrap(), 503, "{kill}");
+            });
+            sql(socket, &format!("KILL {holder}"));
+            locks.wait().unwrap();
+        }
     });
 }
 

@@ -2,7 +2,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    io::{Read, Write},
+    io::{ErrorKind, Read, Write},
     net::TcpStream,
     process::Command,
     sync::atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed},
@@ -198,6 +198,26 @@ fn limits_of_sessions_and_devices_are_followed() {
         assert!(from("127.0.0.1"));
         held.clear();
         await_some("the other address", || from("127.0.0.2").then_some(()));
+
+        // Who came first gives way, and nobody else.
+        planes.user("bob", json!({ "limits": { "devices": 1 } }));
+        let mut bob = await_some("tunnel", || node.tunnel("bob", target).ok());
+        patch(json!({ "devices": 1, "evict_oldest": true }));
+        let mut ann = await_some("another address in its place", || {
+            let stream = node.tunnel("ann", target).ok()?;
+            from("127.0.0.2").then_some(stream)
+        });
+        let began = Instant::now();
+        ann.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
+        let ended = ann.read(&mut [0]).unwrap_err();
+        assert_eq!(ended.kind(), ErrorKind::ConnectionReset);
+        assert!(began.elapsed() < Duration::from_secs(1), "{:?}", began.elapsed());
+        bob.write_all(b"?").unwrap();
+        bob.read_exact(&mut [0]).unwrap();
+        await_some("the record", || {
+            let path = format!("/logs/access?user_id={id}&end=evicted");
+            (planes.must("GET", &path, Value::Null)["total"] == 1).then_some(())
+        });
 
         patch(json!({ "new_sessions_per_second": 1 }));
         await_some("the limit", || {

@@ -122,6 +122,9 @@ pub struct Limits {
     pub new_sessions_per_second: Option<u32>,
     /// Client addresses at once (1 to 64; IPv6 counted by /64).
     pub devices: Option<u32>,
+    /// With `devices` in use, a further address takes the place of the one that came first, whose sessions
+    /// end; otherwise the further address is refused.
+    pub evict_oldest: bool,
     /// Client addresses the user may come from.
     pub source_addresses: Option<Vec<IpNet>>,
     /// The local address to dial from.

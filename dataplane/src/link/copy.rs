@@ -218,6 +218,7 @@ fn user(user: &User) -> api::User {
             sessions: user.sessions,
             new_sessions_per_second: user.new_sessions_per_second,
             devices: user.devices,
+            evict_oldest: user.evict_oldest,
             // One that cannot be read must not open the door: then none is.
             source_addresses: (!user.source_addresses.is_empty())
                 .then(|| networks.collect::<Option<Vec<_>>>().unwrap_or_default()),

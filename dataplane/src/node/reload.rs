@@ -84,6 +84,7 @@ pub(super) async fn serve(
                 reloads.spawn(async move { reload(&node, &source).await });
             }
             Some(_) = reloads.join_next() => {}
+            () = node.shared.evicted.notified() => node.judge(),
             _ = look.tick() => node.judge_expired(),
         }
     }

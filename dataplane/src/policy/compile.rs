@@ -350,7 +350,8 @@ fn fingerprint(user: &api::User) -> u64 {
         ),
         user.expires.map(|time| time.unix_timestamp()),
         (limits.up.map(|rate| rate.0), limits.down.map(|rate| rate.0), limits.burst.map(|b| b.0)),
-        (limits.sessions, limits.new_sessions_per_second, limits.devices, limits.metered),
+        (limits.sessions, limits.new_sessions_per_second, limits.devices, limits.evict_oldest),
+        limits.metered,
         (&limits.source_addresses, limits.egress_address),
     ))
 }

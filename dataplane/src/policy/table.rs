@@ -1,8 +1,9 @@
 //! A fixed table of counters by key, shared by all workers without a lock.
 //!
-//! An entry is one word of fingerprint and count, changed by compare-and-swap, so finding a key and
-//! counting it are one step, and one word of time. Keys are hashed with a random key and probed
-//! linearly over a short window. An entry without holders and with its time past is free.
+//! An entry is one word of fingerprint, turn and count, changed by compare-and-swap, so finding a key
+//! and counting it are one step, and one word of time. Keys are hashed with a random key and probed
+//! linearly over a short window. An entry without holders and with its time past is free. Each key that
+//! takes an entry begins another turn of it, so that who held it for a key before gives nothing back.
 
 use std::{
     hash::Hash,
@@ -15,6 +16,8 @@ use std::{
 
 const COUNT_BITS: u32 = 24;
 const COUNT_MASK: u64 = (1 << COUNT_BITS) - 1;
+const TURN_BITS: u32 = 8;
+const KEY_SHIFT: u32 = COUNT_BITS + TURN_BITS;
 /// Entries a key may be found in.
 const WINDOW: usize = 32;
 /// Largest table in which every look-up sees all entries.
@@ -31,9 +34,10 @@ pub struct Table {
 
 #[derive(Debug, Default)]
 struct Entry {
-    /// Fingerprint (40 bits, never 0) and count (24 bits).
+    /// Fingerprint (32 bits, never 0 once taken), turn (8 bits) and count (24 bits).
     word: AtomicU64,
-    /// Until when the entry is in use, on the clock of [`super::bucket::clock`].
+    /// Until when the entry is in use, on the clock of [`super::bucket::clock`]; of one with holders no
+    /// earlier than its first came.
     until: AtomicU64,
 }
 
@@ -51,6 +55,8 @@ pub enum TableError {
 pub struct Held {
     table: Arc<Table>,
     entry: u32,
+    /// The entry's fingerprint and turn.
+    turn: u64,
 }
 
 impl Table {
@@ -74,17 +80,55 @@ impl Table {
     /// # Errors
     /// The key has `max` holders, or the table has no room.
     pub fn hold(self: &Arc<Self>, key: impl Hash, max: u32, now: u64) -> Result<Held, TableError> {
+        self.hold_hash(self.hasher.hash_one(key), max, now)
+    }
+
+    /// Counts one holder of `key`; where there is no room, the key takes the place of the one that came
+    /// first, whose holders are so no more ([`Held::is_current`]); `evicted` is told if one did.
+    ///
+    /// # Errors
+    /// Others took every place that was made.
+    pub fn hold_or_evict(
+        self: &Arc<Self>,
+        key: impl Hash,
+        now: u64,
+        evicted: impl FnOnce(),
+    ) -> Result<Held, TableError> {
         let hash = self.hasher.hash_one(key);
+        let mut held = self.hold_hash(hash, u32::MAX, now);
+        let mut has_evicted = false;
+        for _ in 0..TRIES {
+            if held.as_ref().err() != Some(&TableError::Full) {
+                break;
+            }
+            self.displace(hash, true, now);
+            has_evicted = true;
+            held = self.hold_hash(hash, u32::MAX, now);
+        }
+        if has_evicted {
+            evicted();
+        }
+        held
+    }
+
+    fn hold_hash(self: &Arc<Self>, hash: u64, max: u32, now: u64) -> Result<Held, TableError> {
         for _ in 0..TRIES {
             let entry = self.find_or_claim(hash, now).ok_or(TableError::Full)?;
-            let word = &self.entries[entry].word;
+            let Entry { word, until } = &self.entries[entry];
             let mut current = word.load(Acquire);
-            while current >> COUNT_BITS == fingerprint(hash) {
-                if current & COUNT_MASK >= u64::from(max).min(COUNT_MASK - 1) {
+            while current >> KEY_SHIFT == fingerprint(hash) {
+                let count = current & COUNT_MASK;
+                if count >= u64::from(max).min(COUNT_MASK - 1) {
                     return Err(TableError::Limit);
                 }
+                if count == 0 {
+                    until.fetch_max(now, AcqRel);
+                }
                 match word.compare_exchange_weak(current, current + 1, AcqRel, Acquire) {
-                    Ok(_) => return Ok(Held { table: self.clone(), entry: entry as u32 }),
+                    Ok(_) => {
+                        let turn = current >> COUNT_BITS;
+                        return Ok(Held { table: self.clone(), entry: entry as u32, turn });
+                    }
                     Err(seen) => current = seen,
                 }
             }
@@ -97,7 +141,7 @@ impl Table {
         let hash = self.hasher.hash_one(key);
         self.window(hash)
             .map(|entry| self.entries[entry].word.load(Acquire))
-            .filter(|word| word >> COUNT_BITS == fingerprint(hash))
+            .filter(|word| word >> KEY_SHIFT == fingerprint(hash))
             .map(|word| word & COUNT_MASK)
             .sum()
     }
@@ -106,9 +150,8 @@ impl Table {
     /// the budget is spent. A key that finds no room takes the place of the one that is free soonest.
     pub fn spend(&self, key: impl Hash, price: u64, budget: u64, now: u64) -> bool {
         let hash = self.hasher.hash_one(key);
-        let Some(entry) = self.find_or_claim(hash, now).or_else(|| self.displace(hash)) else {
-            return true;
-        };
+        let entry = self.find_or_claim(hash, now).or_else(|| self.displace(hash, false, now));
+        let Some(entry) = entry else { return true };
         let spend = |until: u64| {
             let after = until.max(now) + price;
             (after <= now + budget).then_some(after)
@@ -133,9 +176,8 @@ impl Table {
     }
 
     fn find(&self, hash: u64) -> Option<usize> {
-        self.window(hash).find(|&entry| {
-            self.entries[entry].word.load(Acquire) >> COUNT_BITS == fingerprint(hash)
-        })
+        self.window(hash)
+            .find(|&entry| self.entries[entry].word.load(Acquire) >> KEY_SHIFT == fingerprint(hash))
     }
 
     fn find_or_claim(&self, hash: u64, now: u64) -> Option<usize> {
@@ -146,11 +188,11 @@ impl Table {
             let free = self.window(hash).find_map(|entry| {
                 let word = self.entries[entry].word.load(Acquire);
                 let idle = word & COUNT_MASK == 0
-                    && (word == 0 || self.entries[entry].until.load(Acquire) <= now);
+                    && (word >> KEY_SHIFT == 0 || self.entries[entry].until.load(Acquire) <= now);
                 idle.then_some((entry, word))
             });
             let (entry, word) = free?;
-            if self.claim(entry, word, hash) {
+            if self.claim(entry, word, hash, now) {
                 return Some(entry);
             }
         }
@@ -158,42 +200,60 @@ impl Table {
     }
 
     /// Takes an entry over, unless another thread took one for the same key meanwhile.
-    fn claim(&self, entry: usize, word: u64, hash: u64) -> bool {
-        let claimed = fingerprint(hash) << COUNT_BITS;
+    fn claim(&self, entry: usize, word: u64, hash: u64, now: u64) -> bool {
+        let turn = (((word >> COUNT_BITS) + 1) & ((1 << TURN_BITS) - 1)) << COUNT_BITS;
+        let claimed = fingerprint(hash) << KEY_SHIFT | turn;
         if self.entries[entry].word.compare_exchange(word, claimed, AcqRel, Acquire).is_err() {
             return false;
         }
-        self.entries[entry].until.store(0, Relaxed);
+        self.entries[entry].until.store(now, Relaxed);
         let twice = self.window(hash).any(|other| {
             other != entry
-                && self.entries[other].word.load(Acquire) >> COUNT_BITS == fingerprint(hash)
+                && self.entries[other].word.load(Acquire) >> KEY_SHIFT == fingerprint(hash)
         });
         if twice {
             // Someone may hold ours already; then both stay until they are free, and for that moment
             // the key has two counts.
-            return self.entries[entry].word.compare_exchange(claimed, 0, AcqRel, Acquire).is_err();
+            return self.entries[entry]
+                .word
+                .compare_exchange(claimed, turn, AcqRel, Acquire)
+                .is_err();
         }
         true
     }
 
-    fn displace(&self, hash: u64) -> Option<usize> {
-        let idle = self.window(hash).filter_map(|entry| {
+    /// Takes the entry whose time is the earliest, of those without holders or of all.
+    fn displace(&self, hash: u64, held_too: bool, now: u64) -> Option<usize> {
+        let taken = self.window(hash).filter_map(|entry| {
             let word = self.entries[entry].word.load(Acquire);
-            (word & COUNT_MASK == 0).then(|| (self.entries[entry].until.load(Acquire), entry, word))
+            (held_too || word & COUNT_MASK == 0)
+                .then(|| (self.entries[entry].until.load(Acquire), entry, word))
         });
-        let (_, entry, word) = idle.min()?;
-        self.claim(entry, word, hash).then_some(entry)
+        let (_, entry, word) = taken.min()?;
+        self.claim(entry, word, hash, now).then_some(entry)
+    }
+}
+
+impl Held {
+    fn word(&self) -> &AtomicU64 {
+        &self.table.entries[self.entry as usize].word
+    }
+
+    /// Whether no other key has taken the place.
+    pub fn is_current(&self) -> bool {
+        self.word().load(Acquire) >> COUNT_BITS == self.turn
     }
 }
 
 impl Drop for Held {
     fn drop(&mut self) {
-        self.table.entries[self.entry as usize].word.fetch_sub(1, AcqRel);
+        let less = |word: u64| (word >> COUNT_BITS == self.turn).then(|| word - 1);
+        let _ = self.word().fetch_update(AcqRel, Acquire, less);
     }
 }
 
 fn fingerprint(hash: u64) -> u64 {
-    (hash & 0xff_ffff_ffff).max(1)
+    (hash & 0xffff_ffff).max(1)
 }
 
 /// A client address as limits count it: IPv6 by its /64, which is what one customer has.
@@ -241,6 +301,51 @@ mod tests {
         assert_eq!(table.hold("a", 10, 1).unwrap_err(), TableError::Full);
         drop((b, c));
         assert!(table.hold("a", 1, 1).is_ok());
+    }
+
+    #[test]
+    fn who_came_first_gives_way() {
+        let table = Arc::new(Table::exact(2));
+        let hold = |key: &str, now| {
+            let mut has_evicted = false;
+            (table.hold_or_evict(key, now, || has_evicted = true).unwrap(), has_evicted)
+        };
+        let (a, b) = (hold("a", 1).0, hold("b", 2).0);
+        // One that goes and comes back has come later.
+        drop(a);
+        let a = hold("a", 3).0;
+        let (c, has_evicted) = hold("c", 4);
+        assert!(has_evicted && a.is_current() && !b.is_current() && c.is_current());
+        // What was taken away is not given back.
+        drop(b);
+        assert_eq!((table.count("a"), table.count("b"), table.count("c")), (1, 0, 1));
+        let (again, has_evicted) = hold("b", 5);
+        assert!(has_evicted && !a.is_current() && c.is_current());
+        drop(a);
+        let (twice, has_evicted) = hold("b", 6);
+        assert!(!has_evicted && again.is_current() && twice.is_current());
+        assert_eq!((table.count("a"), table.count("b"), table.count("c")), (0, 2, 1));
+    }
+
+    #[test]
+    fn places_that_are_taken_away_are_counted_right_over_threads() {
+        let table = Arc::new(Table::exact(2));
+        std::thread::scope(|scope| {
+            for thread in 0..4 {
+                let table = table.clone();
+                scope.spawn(move || {
+                    let mut held = std::collections::VecDeque::new();
+                    for now in 1..50_000 {
+                        held.extend(table.hold_or_evict((thread + now) % 5, now, || ()).ok());
+                        if held.len() > 3 {
+                            held.pop_front();
+                        }
+                    }
+                });
+            }
+        });
+        let counts: Vec<u64> = (0..5).map(|key| table.count(key)).collect();
+        assert_eq!(counts, [0; 5]);
     }
 
     #[test]

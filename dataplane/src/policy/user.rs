@@ -2,9 +2,10 @@
 
 use std::{
     net::IpAddr,
+    rc::Rc,
     sync::{
         Arc,
-        atomic::{AtomicU32, Ordering::Relaxed},
+        atomic::{AtomicBool, AtomicU32, Ordering::Relaxed},
     },
 };
 
@@ -70,13 +71,15 @@ pub struct UserUse {
     sessions_max: AtomicU32,
     devices: arc_swap::ArcSwapOption<Table>,
     devices_max: AtomicU32,
+    evict_oldest: AtomicBool,
 }
 
 /// A session's place among a user's sessions, given back when dropped.
 #[derive(Debug)]
 pub struct Admission {
     user: Arc<UserUse>,
-    _device: Option<Held>,
+    /// The client address as one of the user's devices, if those are limited.
+    pub device: Option<Rc<Held>>,
 }
 
 /// Why a user gets no further session now.
@@ -102,6 +105,7 @@ impl UserUse {
             sessions_max: AtomicU32::new(u32::MAX),
             devices: arc_swap::ArcSwapOption::empty(),
             devices_max: AtomicU32::new(0),
+            evict_oldest: AtomicBool::new(false),
         }
     }
 
@@ -129,6 +133,7 @@ impl UserUse {
         let new = limits.new_sessions_per_second.unwrap_or(0).into();
         self.new_sessions.set(new, new);
         self.sessions_max.store(limits.sessions.unwrap_or(u32::MAX), Relaxed);
+        self.evict_oldest.store(limits.evict_oldest, Relaxed);
         let devices = limits.devices.unwrap_or(0);
         if self.devices_max.swap(devices, Relaxed) != devices {
             // Sessions that run keep their place in the old table; new ones are counted anew.
@@ -137,13 +142,19 @@ impl UserUse {
         }
     }
 
-    /// Asks for a place for one more session from an address.
+    /// Asks for a place for one more session from an address; `evicted` is told if another address of the
+    /// user had to give way, even if there is no place then: its sessions are to end.
     ///
     /// # Errors
     /// A limit is reached.
-    pub fn admit(self: &Arc<Self>, client: IpAddr, now: u64) -> Result<Admission, AdmissionError> {
+    pub fn admit(
+        self: &Arc<Self>,
+        client: IpAddr,
+        now: u64,
+        evicted: impl FnOnce(),
+    ) -> Result<Admission, AdmissionError> {
         let device = match &*self.devices.load() {
-            Some(devices) => Some(hold_device(devices, client, now)?),
+            Some(devices) => Some(self.hold_device(devices, client, now, evicted)?),
             None => None,
         };
         let max = self.sessions_max.load(Relaxed);
@@ -151,16 +162,27 @@ impl UserUse {
         if self.sessions.fetch_update(Relaxed, Relaxed, more).is_err() {
             return Err(AdmissionError::Sessions);
         }
-        let admission = Admission { user: self.clone(), _device: device };
+        let admission = Admission { user: self.clone(), device };
         if self.begin_session(now) { Ok(admission) } else { Err(AdmissionError::NewSessions) }
     }
-}
 
-fn hold_device(devices: &Arc<Table>, client: IpAddr, now: u64) -> Result<Held, AdmissionError> {
-    devices.hold(client_key(client), u32::MAX, now).map_err(|error| match error {
-        TableError::Full => AdmissionError::Devices,
-        TableError::Limit => AdmissionError::Sessions,
-    })
+    fn hold_device(
+        &self,
+        devices: &Arc<Table>,
+        client: IpAddr,
+        now: u64,
+        evicted: impl FnOnce(),
+    ) -> Result<Rc<Held>, AdmissionError> {
+        let client = client_key(client);
+        let held = match self.evict_oldest.load(Relaxed) {
+            true => devices.hold_or_evict(client, now, evicted),
+            false => devices.hold(client, u32::MAX, now),
+        };
+        held.map(Rc::new).map_err(|error| match error {
+            TableError::Full => AdmissionError::Devices,
+            TableError::Limit => AdmissionError::Sessions,
+        })
+    }
 }
 
 impl Drop for Admission {
@@ -179,21 +201,25 @@ mod tests {
         user
     }
 
+    fn admit(user: &Arc<UserUse>, client: IpAddr) -> Result<Admission, AdmissionError> {
+        user.admit(client, clock(), || panic!("nobody is to give way"))
+    }
+
     #[test]
     fn sessions_are_limited_and_given_back() {
         let user = with(api::Limits { sessions: Some(2), ..api::Limits::default() });
         let client = IpAddr::from([10, 0, 0, 1]);
-        let (a, _b) = (user.admit(client, clock()).unwrap(), user.admit(client, clock()).unwrap());
-        assert_eq!(user.admit(client, clock()).unwrap_err(), AdmissionError::Sessions);
+        let (a, _b) = (admit(&user, client).unwrap(), admit(&user, client).unwrap());
+        assert_eq!(admit(&user, client).unwrap_err(), AdmissionError::Sessions);
         drop(a);
-        assert!(user.admit(client, clock()).is_ok());
+        assert!(admit(&user, client).is_ok());
         assert_eq!(user.sessions.load(Relaxed), 1);
     }
 
     #[test]
     fn devices_are_told_apart() {
         let user = with(api::Limits { devices: Some(2), ..api::Limits::default() });
-        let from = |last: u8| user.admit(IpAddr::from([10, 0, 0, last]), clock());
+        let from = |last: u8| admit(&user, IpAddr::from([10, 0, 0, last]));
         let (a, b, again) = (from(1).unwrap(), from(2).unwrap(), from(1).unwrap());
         assert_eq!(from(3).unwrap_err(), AdmissionError::Devices);
         drop(a);
@@ -204,11 +230,32 @@ mod tests {
     }
 
     #[test]
+    fn the_oldest_device_gives_way() {
+        let limits = api::Limits {
+            devices: Some(1),
+            evict_oldest: true,
+            sessions: Some(1),
+            ..api::Limits::default()
+        };
+        let user = with(limits);
+        let a = admit(&user, IpAddr::from([10, 0, 0, 1])).unwrap();
+        let mut has_evicted = false;
+        let other = IpAddr::from([10, 0, 0, 2]);
+        // It is told to go although there is no session for the other yet.
+        let refused = user.admit(other, clock(), || has_evicted = true);
+        assert_eq!((refused.unwrap_err(), has_evicted), (AdmissionError::Sessions, true));
+        assert!(!a.device.as_ref().unwrap().is_current());
+        drop(a);
+        let b = admit(&user, other).unwrap();
+        assert!(b.device.as_ref().unwrap().is_current());
+    }
+
+    #[test]
     fn new_sessions_are_limited_by_the_second() {
         let user = with(api::Limits { new_sessions_per_second: Some(3), ..api::Limits::default() });
         let now = clock();
         let admitted =
-            (0..10).filter(|_| user.admit(IpAddr::from([10, 0, 0, 1]), now).is_ok()).count();
+            (0..10).filter(|_| user.admit(IpAddr::from([10, 0, 0, 1]), now, || ()).is_ok()).count();
         assert_eq!((admitted, user.sessions.load(Relaxed)), (3, 0));
     }
 

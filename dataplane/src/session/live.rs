@@ -3,7 +3,7 @@
 use std::{
     cell::{Cell, RefCell},
     net::SocketAddr,
-    rc::Rc,
+    rc::{Rc, Weak},
     sync::Arc,
     time::Instant,
 };
@@ -15,7 +15,7 @@ use serde::Serialize;
 use crate::{
     end::Cause,
     ledger::{Direction, Meter},
-    policy::{Decision, Permit, Query, Snapshot, User},
+    policy::{Decision, Held, Permit, Query, Snapshot, User},
     settings::ListenerRules,
     telemetry::LoginResult,
     worker::{Worker, unix_now},
@@ -36,6 +36,7 @@ pub struct Live {
     exchanges: Cell<u32>,
     rests: Cell<bool>,
     login: Cell<Option<LoginResult>>,
+    device: RefCell<Weak<Held>>,
     meter: Rc<Meter>,
     worker: Rc<Worker>,
 }
@@ -72,6 +73,7 @@ impl Live {
             exchanges: Cell::new(0),
             rests: Cell::new(false),
             login: Cell::new(None),
+            device: RefCell::default(),
             meter: meter.clone(),
             worker: worker.clone(),
         });
@@ -106,6 +108,11 @@ impl Live {
         self.login.get()
     }
 
+    /// The client's address, as one of the user's devices.
+    pub(super) fn comes_from(&self, device: Option<&Rc<Held>>) {
+        self.device.replace(device.map_or_else(Weak::new, Rc::downgrade));
+    }
+
     pub(super) fn asked(&self, target: &Target, user: Option<Arc<User>>) {
         let (target, at) = (target.clone(), unix_now());
         let asked = Asked { target, user, dialled: None, rule: None, generation: 0, at };
@@ -128,6 +135,14 @@ impl Live {
 
     pub(super) fn exchanges(&self) -> u32 {
         self.exchanges.get()
+    }
+
+    /// Why the session is to end, if it is.
+    pub fn judge(&self, snapshot: &Snapshot) -> Option<Cause> {
+        if self.device.borrow().upgrade().is_some_and(|device| !device.is_current()) {
+            return Some(Cause::Evicted);
+        }
+        (!self.is_allowed(snapshot)).then_some(Cause::Revoked)
     }
 
     /// Whether a snapshot still allows what the session does. A session that has not connected yet will

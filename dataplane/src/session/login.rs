@@ -131,10 +131,14 @@ impl Session {
         // The place of the user before is free first.
         *login = None;
         let admission = match self.meter.belongs_to(Some(&user.shared.lease)) {
-            true => user.shared.admit(self.peer.ip(), clock()),
+            true => {
+                let evicted = || self.worker.shared.evicted.notify_one();
+                user.shared.admit(self.peer.ip(), clock(), evicted)
+            }
             // More users than this boot can count for.
             false => Err(AdmissionError::Sessions),
         };
+        self.live.comes_from(admission.as_ref().ok().and_then(|place| place.device.as_ref()));
         *login = Some(LoggedIn { user, admission });
     }
 

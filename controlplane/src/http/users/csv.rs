@@ -32,7 +32,7 @@ const PART: u64 = 1000;
 const IMPORT_MAX: usize = 1000;
 
 /// The columns of both, but for the password, which only comes in.
-const COLUMNS: [&str; 19] = [
+const COLUMNS: [&str; 20] = [
     "name",
     "role",
     "status",
@@ -45,6 +45,7 @@ const COLUMNS: [&str; 19] = [
     "sessions",
     "new_sessions_per_second",
     "devices",
+    "evict_oldest",
     "source_addresses",
     "egress_address",
     "quota_bytes",
@@ -85,7 +86,7 @@ fn listed(groups: &[String]) -> String {
 }
 
 /// A user's line.
-fn cells(user: UserView) -> [String; 18] {
+fn cells(user: UserView) -> [String; 19] {
     let number = |number: Option<i64>| number.map_or(String::new(), |n| n.to_string());
     let limits = user.limits;
     [
@@ -101,6 +102,7 @@ fn cells(user: UserView) -> [String; 18] {
         number(limits.sessions),
         number(limits.new_sessions_per_second),
         number(limits.devices),
+        limits.evict_oldest.to_string(),
         limits.source_addresses.join(" "),
         limits.egress_address.unwrap_or_default(),
         number(limits.quota_bytes),
@@ -215,6 +217,12 @@ fn parse_row<'a>(get: &dyn Fn(&str) -> &'a str) -> Result<ImportRow> {
             .map(Some)
             .map_err(|_| Problem::invalid(format!("{name}: `{text}` is no whole number"))),
     };
+    let flag = |name: &str| match get(name) {
+        "" => Ok(None),
+        "true" => Ok(Some(true)),
+        "false" => Ok(Some(false)),
+        text => Err(Problem::invalid(format!("{name}: `{text}`, not true or false"))),
+    };
     let words = |text: &str| text.split_whitespace().map(str::to_owned).collect::<Vec<_>>();
     let optional = |text: &str| Some(text.to_owned()).filter(|text| !text.is_empty());
     let row = ImportRow {
@@ -222,14 +230,7 @@ fn parse_row<'a>(get: &dyn Fn(&str) -> &'a str) -> Result<ImportRow> {
         password: get("password").to_owned(),
         role: word("role", get("role"))?.unwrap_or_default(),
         status: word("status", get("status"))?.unwrap_or_default(),
-        proxy_access: match get("proxy_access") {
-            "" => None,
-            "true" => Some(true),
-            "false" => Some(false),
-            text => {
-                return Err(Problem::invalid(format!("proxy_access: `{text}`, not true or false")));
-            }
-        },
+        proxy_access: flag("proxy_access")?,
         groups: match uncelled(get("groups")) {
             text if text.starts_with('[') => serde_json::from_str(&text)
                 .map_err(|error| Problem::invalid(format!("groups: {error}")))?,
@@ -243,6 +244,7 @@ fn parse_row<'a>(get: &dyn Fn(&str) -> &'a str) -> Result<ImportRow> {
             sessions: number("sessions")?,
             new_sessions_per_second: number("new_sessions_per_second")?,
             devices: number("devices")?,
+            evict_oldest: flag("evict_oldest")?.unwrap_or_default(),
             source_addresses: words(get("source_addresses")),
             egress_address: optional(get("egress_address")),
             quota_bytes: number("quota_bytes")?,

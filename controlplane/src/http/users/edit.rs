@@ -158,6 +158,7 @@ fn apply_limits(row: &mut user::ActiveModel, limits: &UserLimits) {
     row.sessions = Set(limits.sessions);
     row.new_sessions_per_second = Set(limits.new_sessions_per_second);
     row.devices = Set(limits.devices);
+    row.evict_oldest = Set(limits.evict_oldest);
     let networks = limits.source_addresses.iter().filter_map(|text| network(text).ok());
     let networks: Vec<String> = networks.map(|net| net.to_string()).collect();
     row.source_addresses = Set(json(&networks));

@@ -224,6 +224,7 @@ mod tests {
             source_addresses: vec!["10.0.0.0/8".into()],
             egress_address: "192.0.2.1".into(),
             metered: true,
+            evict_oldest: true,
         };
         let snapshot =
             Snapshot { generation: 300, policy: b"{}".to_vec(), users: vec![user.clone()] };

@@ -220,6 +220,9 @@ pub struct User {
     /// Whether bytes may be moved only on a lease.
     #[prost(bool, tag = "15")]
     pub metered: bool,
+    /// A further client address takes the place of the one that came first.
+    #[prost(bool, tag = "16")]
+    pub evict_oldest: bool,
 }
 
 /// A generation is in force on every worker.
