@@ -5,13 +5,17 @@ use std::{
     fs,
     io::{Read, Write},
     net::TcpStream,
-    process::Command,
+    process::{Command, Stdio},
+    thread,
     time::{Duration, Instant},
 };
 
 use culvert_proto::Target;
 
-use crate::support::{Setup, echo, pause, ping, rounds};
+use crate::support::{
+    PATIENCE, Setup, await_some, closed_port, echo, is_soak, named, pairs, pause, ping, reset,
+    rounds,
+};
 
 /// RELIABILITY B1.
 #[test]
@@ -31,8 +35,18 @@ fn slow_handshakes_end_at_the_deadline_and_hold_up_nobody() {
     proxy.await_metric("culvert_sessions_active", slow.len() as f64);
     let each = proxy.memory().saturating_sub(before) / slow.len() as u64;
     assert!(each <= 8 * 1024, "{each} bytes a silent client");
-    ping(&mut proxy.tunnel(None, target)).unwrap();
-    pause(Duration::from_secs(5));
+    let mut greetings: Vec<Duration> = (0..200)
+        .map(|_| {
+            let began = Instant::now();
+            ping(&mut proxy.tunnel(None, target)).unwrap();
+            began.elapsed()
+        })
+        .collect();
+    greetings.sort();
+    if is_soak() {
+        assert!(greetings[197] <= Duration::from_millis(20), "{:?}", greetings[197]);
+    }
+    pause(Duration::from_secs(5).saturating_sub(started.elapsed()));
     for stream in &mut slow {
         stream.write_all(&[3]).unwrap();
     }
@@ -52,20 +66,23 @@ fn without_descriptors_the_node_neither_spins_nor_dies() {
     let proxy = Setup::new().through(&["prlimit", "--nofile=128:128"]).start();
     let target = echo();
     let mut running = proxy.tunnel(None, target);
-    // More than the node has descriptors for.
-    let crowd: Vec<TcpStream> = (0..400).map(|_| proxy.connect()).collect();
+    // More than the node has descriptors for, and again and again.
     let (before, started) = (proxy.cpu(), Instant::now());
-    while started.elapsed() < Duration::from_secs(2) {
+    let time = Duration::from_secs(rounds(2, 30) as u64);
+    let mut crowd = std::collections::VecDeque::new();
+    while started.elapsed() < time {
         ping(&mut running).unwrap();
-        pause(Duration::from_millis(20));
+        crowd.extend((0..20).map(|_| proxy.connect()));
+        let gone = crowd.len().saturating_sub(400);
+        crowd.drain(..gone).for_each(reset);
+        pause(Duration::from_millis(10));
     }
     let share = (proxy.cpu() - before).as_secs_f64() / started.elapsed().as_secs_f64();
     assert!(share <= 0.5, "{share} of a core");
-    assert!(proxy.log().lines().count() < 20, "{}", proxy.log());
+    let lines = proxy.log().lines().count() as u64;
+    assert!(lines <= 10 + time.as_secs(), "{}", proxy.log());
     drop(crowd);
-    crate::support::await_some("service again", || {
-        proxy.socks5(None, &Target::from(target)).is_ok().then_some(())
-    });
+    await_some("service again", || proxy.socks5(None, &Target::from(target)).is_ok().then_some(()));
 }
 
 /// RELIABILITY B3.
@@ -81,7 +98,8 @@ fn a_full_node_says_so_in_the_clients_protocol() {
     for _ in 0..rounds(150, 1000) {
         let started = Instant::now();
         assert_eq!(proxy.socks5(None, &Target::from(target)).err(), Some(1));
-        assert!(started.elapsed() < Duration::from_secs(1));
+        let bound = if is_soak() { 100 } else { 1000 };
+        assert!(started.elapsed() < Duration::from_millis(bound));
         let mut stream = proxy.connect();
         write!(stream, "CONNECT {target} HTTP/1.1\r\nHost: x\r\n\r\n").unwrap();
         let mut answer = String::new();
@@ -90,9 +108,26 @@ fn a_full_node_says_so_in_the_clients_protocol() {
     }
     drop(full);
     proxy.await_metric("culvert_sessions_active", 0.0);
-    crate::support::await_some("descriptors back", || {
-        (proxy.descriptors() <= before).then_some(())
+    // Whatever comes of a request, it costs no descriptor.
+    let closed = closed_port();
+    thread::scope(|scope| {
+        for worker in 0..4 {
+            let proxy = &proxy;
+            scope.spawn(move || {
+                for number in 0..rounds(100, 25_000) {
+                    match (number + worker) % 5 {
+                        0 => drop(proxy.socks5(None, &Target::from(closed))),
+                        1 => drop(proxy.socks5(None, &named("10.0.0.1", 80))),
+                        2 => reset(proxy.connect()),
+                        3 => drop(proxy.connect().write_all(&[7; 30])),
+                        _ => drop(proxy.socks5(None, &Target::from(target))),
+                    }
+                }
+            });
+        }
     });
+    proxy.await_metric("culvert_sessions_active", 0.0);
+    await_some("descriptors back", || (proxy.descriptors() <= before).then_some(()));
 }
 
 /// RELIABILITY B8. Real kernels refuse rings in these ways; strace makes this one do so.
@@ -142,7 +177,45 @@ fn a_host_that_is_tight_with_rings_gets_what_it_gives() {
     for wrapper in [&strace[..], &tight[..]] {
         let proxy = Setup::new().through(wrapper).start();
         ping(&mut proxy.tunnel(None, echo())).unwrap();
-        assert!(proxy.log().matches("WARN").count() <= 1, "{}", proxy.log());
+        // A worker that got none runs on epoll, which is said once.
+        let metrics = proxy.admin("/metrics").1;
+        let on_epoll = metrics.matches("driver=\"epoll\"} 1").count();
+        let on_rings = metrics.matches("driver=\"io_uring\"} 1").count();
+        assert!(on_epoll + on_rings > 0, "{metrics}");
+        let warned = usize::from(on_epoll > 0 && std::env::var("TEST_DRIVER").is_err());
+        assert_eq!(proxy.log().matches("WARN").count(), warned, "{}", proxy.log());
+    }
+}
+
+/// RELIABILITY B6: more completions at once than the smallest ring holds stall nobody.
+#[test]
+fn thousands_of_sockets_become_readable_at_once() {
+    // The first rings are refused, so that a worker's has 256 entries in the end.
+    let inject = "inject=io_uring_setup:error=ENOMEM:when=1..3";
+    let trace = "trace=io_uring_setup";
+    let small =
+        ["strace", "-f", "-qq", "--seccomp-bpf", "-o", "/dev/null", "-e", trace, "-e", inject];
+    for wrapper in [&[][..], &small[..]] {
+        let proxy = Setup::new().through(wrapper).start();
+        let mut pairs = pairs(&proxy, rounds(1000, 4000));
+        proxy.signal("-STOP");
+        for (client, target) in &mut pairs {
+            client.write_all(b"up").unwrap();
+            target.write_all(b"down").unwrap();
+        }
+        proxy.signal("-CONT");
+        for (client, target) in &mut pairs {
+            let (mut up, mut down) = ([0; 2], [0; 4]);
+            target.set_read_timeout(Some(PATIENCE)).unwrap();
+            target.read_exact(&mut up).unwrap();
+            client.read_exact(&mut down).unwrap();
+            assert_eq!((&up, &down), (b"up", b"down"));
+        }
+        if wrapper.is_empty() && std::env::var("TEST_DRIVER").is_err() {
+            assert!(
+                proxy.admin("/metrics").1.contains("culvert_worker_cq_overflow{worker=\"0\"} 0")
+            );
+        }
     }
 }
 
@@ -166,10 +239,11 @@ fn a_busy_ring_loses_nothing() {
         ])
         .start();
     let target = echo();
-    let mut streams: Vec<_> = (0..100).map(|_| proxy.tunnel(None, target)).collect();
+    let mut streams: Vec<_> = (0..rounds(100, 1000)).map(|_| proxy.tunnel(None, target)).collect();
     for _ in 0..10 {
+        streams.iter_mut().for_each(|stream| stream.write_all(b"ping").unwrap());
         for stream in &mut streams {
-            ping(stream).unwrap();
+            stream.read_exact(&mut [0; 4]).unwrap();
         }
     }
     assert_eq!(proxy.metric("culvert_panics_total"), 0.0);
@@ -181,16 +255,26 @@ struct Namespace(String);
 impl Namespace {
     fn new(name: &str) -> Self {
         let namespace = Self(format!("culvert-{name}-{}", std::process::id()));
-        let run = |words: &[&str]| {
-            assert!(Command::new("ip").args(words).status().unwrap().success(), "{words:?}");
-        };
-        let name = &namespace.0;
-        run(&["netns", "add", name]);
-        run(&["-n", name, "link", "set", "lo", "up"]);
-        run(&["-n", name, "addr", "add", "10.99.0.1/32", "dev", "lo"]);
-        let net = "10.99.0.0/24";
-        run(&["-n", name, "route", "add", "local", net, "dev", "lo", "src", "10.99.0.1"]);
+        let added = Command::new("ip").args(["netns", "add", &namespace.0]).status().unwrap();
+        assert!(added.success());
+        namespace.ip(&["link", "set", "lo", "up"]);
+        namespace.ip(&["addr", "add", "10.99.0.1/32", "dev", "lo"]);
+        namespace.ip(&["route", "add", "local", "10.99.0.0/24", "dev", "lo", "src", "10.99.0.1"]);
         namespace
+    }
+
+    fn ip(&self, words: &[&str]) {
+        let done = Command::new("ip").args(["-n", &self.0]).args(words).status().unwrap();
+        assert!(done.success(), "{words:?}");
+    }
+
+    /// Rules for what is sent inside.
+    fn filter(&self, rules: &str) {
+        let chain = "type filter hook output priority 0; policy accept;";
+        let table = format!("table inet t {{\nchain out {{\n{chain}\n{rules}\n}}\n}}\n");
+        let mut nft = self.command("nft").args(["-f", "-"]).stdin(Stdio::piped()).spawn().unwrap();
+        nft.stdin.take().unwrap().write_all(table.as_bytes()).unwrap();
+        assert!(nft.wait().unwrap().success(), "{table}");
     }
 
     /// What runs a program inside.
@@ -259,21 +343,13 @@ print(sum(first), none, seconds <= 0.05, sum(other))
 #[test]
 fn replies_tell_how_the_network_failed() {
     let namespace = Namespace::new("replies");
-    let rules = "table ip t {
-        chain out {
-            type filter hook output priority 0; policy accept;
-            ip daddr 10.99.0.2 meta l4proto tcp reject with icmp type net-unreachable
-            ip daddr 10.99.0.3 meta l4proto tcp reject with icmp type host-unreachable
-            ip daddr 10.99.0.4 meta l4proto tcp reject with tcp reset
-            ip daddr 10.99.0.5 meta l4proto tcp drop
-        }
-    }
-";
     let folder = tempfile::tempdir().unwrap();
-    let file = folder.path().join("rules");
-    fs::write(&file, rules).unwrap();
-    assert!(namespace.command("nft").arg("-f").arg(&file).status().unwrap().success());
-
+    namespace.filter(
+        "ip daddr 10.99.0.2 meta l4proto tcp reject with icmp type net-unreachable
+         ip daddr 10.99.0.3 meta l4proto tcp reject with icmp type host-unreachable
+         ip daddr 10.99.0.4 meta l4proto tcp reject with tcp reset
+         ip daddr 10.99.0.5 meta l4proto tcp drop",
+    );
     // The proxy and its client both live in the namespace; curl reports the reply's code.
     let config = folder.path().join("c.toml");
     let driver = std::env::var("TEST_DRIVER").unwrap_or_else(|_| "auto".into());
@@ -287,7 +363,7 @@ fn replies_tell_how_the_network_failed() {
         .command(env!("CARGO_BIN_EXE_culvert"))
         .args(["run", "-c"])
         .arg(&config)
-        .stderr(std::process::Stdio::null())
+        .stderr(Stdio::null())
         .spawn()
         .unwrap();
     let ask = |host: &str| {
@@ -300,7 +376,7 @@ fn replies_tell_how_the_network_failed() {
             .unwrap();
         (String::from_utf8_lossy(&output.stderr).into_owned(), started.elapsed())
     };
-    crate::support::await_some("the node", || ask("10.99.0.4").0.contains("(5)").then_some(()));
+    await_some("the node", || ask("10.99.0.4").0.contains("(5)").then_some(()));
     for (host, code) in
         [("10.99.0.2", "(3)"), ("10.99.0.3", "(4)"), ("10.99.0.4", "(5)"), ("10.98.0.1", "(2)")]
     {
@@ -308,10 +384,116 @@ fn replies_tell_how_the_network_failed() {
         assert!(error.contains(code), "{host}: {error}");
     }
     let (error, time) = ask("10.99.0.5");
+    let late = namespace
+        .command("curl")
+        .args(["-s", "-m", "10", "-o", "/dev/null", "-w", "%{http_code}"])
+        .args(["-x", "http://127.0.0.1:1082", "http://10.99.0.5/"])
+        .output()
+        .unwrap();
+    assert_eq!(String::from_utf8_lossy(&late.stdout), "504");
     node.kill().unwrap();
     node.wait().unwrap();
     assert!(error.contains("(4)"), "{error}");
     assert!((1.0..3.2).contains(&time.as_secs_f64()), "{time:?}");
+}
+
+/// RELIABILITY A7: peers that vanish without a word.
+#[test]
+fn relays_of_vanished_peers_are_reaped() {
+    let namespace = Namespace::new("silence");
+    let proxy = Setup::new()
+        .with("[timeouts]\nidle = '3s'")
+        .listener("auth = ['none']")
+        .policy("allow_internal = ['10.99.0.0/24']")
+        .through(&namespace.wrapper())
+        .start();
+    let count = rounds(300, 1000);
+    let started = Instant::now();
+    let script = r"
+import socket, sys
+server = socket.create_server(('10.99.0.9', 7001), backlog=1000)
+kept = []
+for _ in range(int(sys.argv[2])):
+    stream = socket.create_connection(('127.0.0.1', int(sys.argv[1])))
+    stream.sendall(b'\5\1\0' + b'\5\1\0\1' + bytes([10, 99, 0, 9]) + (7001).to_bytes(2, 'big'))
+    while len(stream.recv(12, socket.MSG_PEEK | socket.MSG_WAITALL)) < 12: pass
+    kept += [stream, server.accept()[0]]
+print('ready', flush=True)
+sys.stdin.read()
+";
+    let mut peers = namespace
+        .command("python3")
+        .args(["-c", script, &proxy.address.port().to_string(), &count.to_string()])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut ready = [0; 5];
+    peers.stdout.as_mut().unwrap().read_exact(&mut ready).unwrap();
+    namespace.filter("tcp dport != 1 drop");
+    let dropped = Instant::now();
+    let records = proxy.await_records(count);
+    let after = dropped.elapsed();
+    assert!(records.iter().all(|record| record["end"] == "idle_timeout"));
+    assert!(after < Duration::from_secs(5), "{after:?}");
+    for record in &records {
+        let seconds = record["duration_ms"].as_f64().unwrap() / 1000.0;
+        assert!((1.0..5.0 + dropped.duration_since(started).as_secs_f64()).contains(&seconds));
+    }
+    drop(peers.stdin.take());
+    peers.wait().unwrap();
+}
+
+/// RELIABILITY E10: one family drops what it gets; the other is tried a quarter of a second later.
+#[test]
+fn a_family_that_swallows_packets_costs_a_quarter_of_a_second() {
+    let namespace = Namespace::new("racing");
+    namespace.ip(&["addr", "add", "fd99::9/128", "dev", "lo"]);
+    let proxy = Setup::new()
+        .with("[dns]\nservers = ['127.0.0.1:5353']")
+        .listener("auth = ['none']")
+        .policy("allow_internal = ['10.99.0.0/24', 'fd99::/16']")
+        .through(&namespace.wrapper())
+        .start();
+    namespace.filter("ip6 daddr fd99::9 drop");
+    let script = r"
+import socket, struct, sys, threading, time
+names = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+names.bind(('127.0.0.1', 5353))
+def serve():
+    while True:
+        question, client = names.recvfrom(1500)
+        end = question.index(0, 12) + 5
+        kind = question[end - 3]
+        data = socket.inet_pton(socket.AF_INET6, 'fd99::9') if kind == 28 else bytes([10, 99, 0, 9])
+        answer = question[:2] + b'\x81\x80\0\1\0\1\0\0\0\0' + question[12:end]
+        names.sendto(answer + struct.pack('>HHHIH', 0xc00c, kind, 1, 0, len(data)) + data, client)
+threading.Thread(target=serve, daemon=True).start()
+server = socket.create_server(('10.99.0.9', 7001), backlog=100)
+times = []
+for number in range(int(sys.argv[2])):
+    stream = socket.create_connection(('127.0.0.1', int(sys.argv[1])))
+    name = b'n%d.example' % number
+    began = time.monotonic()
+    request = b'\5\1\0\3' + bytes([len(name)]) + name + (7001).to_bytes(2, 'big')
+    stream.sendall(b'\5\1\0' + request)
+    reply = b''
+    while len(reply) < 12: reply += stream.recv(12 - len(reply))
+    assert reply[3] == 0, reply
+    times.append(time.monotonic() - began)
+times.sort()
+print(times[0] >= 0.2, times[len(times) * 99 // 100] <= 0.4, times[0], times[-1])
+";
+    let before = proxy.descriptors();
+    let output = namespace
+        .command("python3")
+        .args(["-c", script, &proxy.address.port().to_string(), &rounds(10, 100).to_string()])
+        .output()
+        .unwrap();
+    let said = String::from_utf8_lossy(&output.stdout).into_owned();
+    let error = String::from_utf8_lossy(&output.stderr);
+    assert!(said.starts_with("True True"), "{said} {error}");
+    await_some("descriptors back", || (proxy.descriptors() <= before).then_some(()));
 }
 
 /// RELIABILITY C5.
@@ -324,7 +506,7 @@ fn no_mutation_of_a_file_brings_the_program_down() {
             state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
         (state >> 33) as usize % below
     };
-    for _ in 0..1000 {
+    let mut mutation = || {
         let mut bytes = whole.as_bytes().to_vec();
         for _ in 0..1 + random(4) {
             let at = random(bytes.len());
@@ -338,7 +520,24 @@ fn no_mutation_of_a_file_brings_the_program_down() {
                 bytes.push(b'\n');
             }
         }
-        let text = String::from_utf8_lossy(&bytes);
+        String::from_utf8_lossy(&bytes).into_owned()
+    };
+    // Beside a policy that stays in force: in the end it is still there, and whoever uses it too.
+    let mut proxy = Setup::new().user("ann", "").start();
+    let target = echo();
+    let mut running = proxy.tunnel(None, target);
+    let mut refused = 0;
+    let count = rounds(30, 1000);
+    for _ in 0..count {
+        // What listens elsewhere is refused, so that most of the file can be what it likes.
+        let line = proxy.rewrite(&mutation());
+        refused += usize::from(!line.contains("published"));
+    }
+    assert_eq!((refused, proxy.metric("culvert_config_rejected_total")), (count, count as f64));
+    ping(&mut running).unwrap();
+    ping(&mut proxy.tunnel(Some("ann"), target)).unwrap();
+    for _ in 0..1000 {
+        let text = mutation();
         for format in [culvert_api::config::Format::Toml, culvert_api::config::Format::Yaml] {
             let none: [(String, String); 0] = [];
             let _ = culvert::config::Config::parse(&text, format, none, &[]);

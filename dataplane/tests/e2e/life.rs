@@ -1,7 +1,8 @@
 //! Start, health, drain, commands.
 
 use std::{
-    io::{Read, Write},
+    io::{BufRead, BufReader, Read, Write},
+    net::{SocketAddr, TcpStream},
     os::unix::fs::{OpenOptionsExt, PermissionsExt},
     process::{Command, Stdio},
     sync::{
@@ -13,6 +14,7 @@ use std::{
 };
 
 use culvert_proto::Target;
+use serde_json::json;
 
 use crate::support::{PASSWORD, Setup, await_some, echo, pause, ping, rounds, target};
 
@@ -227,6 +229,101 @@ fn the_client_command_goes_through_the_proxy() {
         let (ok, _, error) = culvert(&wrong, "");
         assert!(!ok && error.contains("rejected the user name or the password"), "{error}");
     }
+}
+
+/// A program that is ended when dropped, and a line it said.
+struct Running(std::process::Child, BufReader<std::process::ChildStderr>);
+
+impl Running {
+    fn start(arguments: &[&str]) -> Self {
+        let mut child = Command::new(env!("CARGO_BIN_EXE_culvert"))
+            .args(arguments)
+            .stdin(Stdio::null())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let said = BufReader::new(child.stderr.take().unwrap());
+        Self(child, said)
+    }
+
+    /// The first address behind a word.
+    fn address(&mut self, word: &str) -> SocketAddr {
+        let mut line = String::new();
+        loop {
+            line.clear();
+            assert!(self.1.read_line(&mut line).unwrap() > 0, "no line with {word}");
+            if let Some((_, rest)) = line.split_once(word) {
+                return rest.split_whitespace().next().unwrap().parse().unwrap();
+            }
+        }
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+#[test]
+fn a_server_without_a_file_is_reached_by_a_forwarded_port() {
+    let target = echo();
+    for protocol in ["socks5", "http"] {
+        let any = "127.0.0.1:0";
+        let user = ["--user", "ann:secret word"];
+        let server =
+            ["server", "--protocol", protocol, "--addr", any, "--allow-internal", "127.0.0.0/8"];
+        let mut server = Running::start(&[&server[..], &user].concat());
+        let proxy = server.address("address=").to_string();
+        let (host, port) = (target.ip().to_string(), target.port().to_string());
+        let client =
+            ["client", "--protocol", protocol, "--addr", &proxy, "--host", &host, "--port", &port];
+        let mut client = Running::start(&[&client[..], &user, &["--listen", any]].concat());
+        let forwarded = client.address("culvert: ");
+        for _ in 0..3 {
+            ping(&mut TcpStream::connect(forwarded).unwrap()).unwrap();
+        }
+        let wrong =
+            ["client", "--protocol", protocol, "--addr", &proxy, "--host", &host, "--port", &port];
+        let (ok, _, error) = culvert(&wrong, "");
+        assert!(!ok && error.contains("wants a user"), "{error}");
+    }
+}
+
+/// Lines of the log as JSON, and files that are named by their day.
+#[test]
+fn logs_are_structured_and_rotated() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("c.toml");
+    let text = format!(
+        "[node]\nstate_dir = '{}'\n[log]\nformat = 'json'\nfile = 'culvert.log'\nrotate = 'hourly'\n\
+         [[listener]]\nname = 'main'\nbind = '127.0.0.1:0'\nauth = ['none']\n",
+        folder.path().display(),
+    );
+    std::fs::write(&path, text).unwrap();
+    let node = Running::start(&["run", "-c", path.to_str().unwrap()]);
+    let named = |start: &str| {
+        let entries = std::fs::read_dir(folder.path()).unwrap().flatten();
+        let names = entries.map(|entry| entry.file_name().into_string().unwrap());
+        names.into_iter().find(|name| name.starts_with(start))
+    };
+    let line = await_some("a line that says where it listens", || {
+        let text = std::fs::read_to_string(folder.path().join(named("culvert.log.")?)).ok()?;
+        let mut lines = text.lines().filter_map(|line| serde_json::from_str(line).ok());
+        lines.find(|line: &serde_json::Value| line["fields"]["message"] == "listening")
+    });
+    assert_eq!((&line["level"], &line["fields"]["listener"]), (&json!("INFO"), &json!("main")));
+    let address: SocketAddr = line["fields"]["address"].as_str().unwrap().parse().unwrap();
+    drop(TcpStream::connect(address).unwrap());
+    let name = await_some("a record", || {
+        let name = named("access.log.")?;
+        let text = std::fs::read_to_string(folder.path().join(&name)).unwrap();
+        text.ends_with('\n').then_some(name)
+    });
+    // access.log.2027-01-31-23
+    assert_eq!(name.len(), "access.log.".len() + 13, "{name}");
+    drop(node);
 }
 
 #[test]

@@ -330,20 +330,29 @@ impl TestProxy {
 
     /// All access records so far.
     pub fn records(&self) -> Vec<serde_json::Value> {
+        self.record_lines().iter().map(|line| serde_json::from_str(line).unwrap()).collect()
+    }
+
+    fn record_lines(&self) -> Vec<String> {
         let logs = fs::read_dir(self.folder.path()).unwrap().flatten();
         logs.filter(|entry| entry.file_name().to_string_lossy().starts_with("access.log"))
             .flat_map(|entry| {
                 let text = fs::read_to_string(entry.path()).unwrap();
-                text.lines().map(|line| serde_json::from_str(line).unwrap()).collect::<Vec<_>>()
+                text.lines().map(str::to_owned).collect::<Vec<_>>()
             })
             .collect()
     }
 
     /// Waits until there are so many access records.
     pub fn await_records(&self, count: usize) -> Vec<serde_json::Value> {
-        await_some("access records", || {
-            Some(self.records()).filter(|records| records.len() >= count)
-        })
+        await_some("access records", || (self.record_lines().len() >= count).then_some(()));
+        self.records()
+    }
+
+    /// Waits for a record, by its number.
+    pub fn await_record(&self, number: usize) -> serde_json::Value {
+        let line = await_some("an access record", || self.record_lines().get(number).cloned());
+        serde_json::from_str(&line).unwrap()
     }
 
     /// Open descriptors of the node.
@@ -452,7 +461,20 @@ pub fn reset(stream: TcpStream) {
 
 /// How many rounds of a test that proves more the longer it runs: many in a soak.
 pub fn rounds(few: usize, many: usize) -> usize {
-    if std::env::var_os("SOAK").is_some() { many } else { few }
+    if is_soak() { many } else { few }
+}
+
+/// Whether there is time, and a quiet machine.
+pub fn is_soak() -> bool {
+    std::env::var_os("SOAK").is_some()
+}
+
+/// So many tunnels, each with the target's end.
+pub fn pairs(proxy: &TestProxy, count: usize) -> Vec<(TcpStream, TcpStream)> {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let target = listener.local_addr().unwrap();
+    let pair = |_| (proxy.tunnel(None, target), listener.accept().unwrap().0);
+    (0..count).map(pair).collect()
 }
 
 /// Bytes that differ from place to place.
