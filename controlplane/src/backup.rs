@@ -39,6 +39,7 @@ macro_rules! tables {
             lease,
             traffic,
             usage,
+            usage_reset,
             audit
         )
     };

@@ -1,7 +1,7 @@
 //! What a user has moved, and quotas begun anew.
 
 use axum::{Json, extract::State, http::StatusCode};
-use sea_orm::{ColumnTrait, EntityTrait, QueryFilter, QueryOrder, QuerySelect};
+use sea_orm::{ColumnTrait, EntityTrait, QueryFilter, QueryOrder, QuerySelect, Set};
 use serde::Serialize;
 use utoipa::ToSchema;
 use utoipa_axum::{router::OpenApiRouter, routes};
@@ -13,7 +13,11 @@ use super::{
 };
 use crate::{
     calendar::{Calendar, TOTAL},
-    store::{Change, entity::usage},
+    store::{
+        Change,
+        entity::{usage, usage_reset},
+        now,
+    },
 };
 
 /// Periods of the past that are shown.
@@ -37,16 +41,19 @@ struct UsageView {
     /// When the period began.
     #[schema(format = DateTime)]
     period_started: Option<String>,
-    /// The periods of quotas, the present one first; at most 100.
+    /// The periods of quotas, the latest first, each part of one that was reset for itself; at most 100.
     history: Vec<PeriodView>,
 }
 
 /// What was moved in a period.
 #[derive(Debug, Serialize, ToSchema)]
 struct PeriodView {
-    /// When it began.
+    /// When it began; null for a quota in total.
     #[schema(format = DateTime)]
-    started_at: String,
+    started_at: Option<String>,
+    /// When it was reset; null if it went on to its end, or goes on.
+    #[schema(format = DateTime)]
+    reset_at: Option<String>,
     /// Bytes to targets.
     up: i64,
     /// Bytes to the client.
@@ -72,10 +79,22 @@ async fn show(State(app): State<App>, caller: Caller, Id(id): Id) -> Result<Json
         .filter(usage::Column::Period.gt(TOTAL))
         .order_by_desc(usage::Column::Period)
         .limit(HISTORY);
-    let of_period = |row: usage::Model| PeriodView {
-        started_at: time_text(row.period),
-        up: row.up,
-        down: row.down,
+    let resets = usage_reset::Entity::find()
+        .filter(usage_reset::Column::UserId.eq(id))
+        .order_by_desc(usage_reset::Column::At)
+        .limit(HISTORY);
+    let periods = history.all(db).await?.into_iter();
+    let periods = periods.map(|row| (row.period, i64::MAX, row.up, row.down));
+    let resets = resets.all(db).await?.into_iter();
+    let resets = resets.map(|row| (row.period, row.at, row.up, row.down));
+    let mut history: Vec<(i64, i64, i64, i64)> = periods.chain(resets).collect();
+    history.sort_unstable_by(|a, b| b.cmp(a));
+    history.truncate(HISTORY as usize);
+    let of_period = |(period, at, up, down)| PeriodView {
+        started_at: (period > TOTAL).then(|| time_text(period)),
+        reset_at: (at < i64::MAX).then(|| time_text(at)),
+        up,
+        down,
     };
     Ok(Json(UsageView {
         up: all.as_ref().map_or(0, |row| row.up),
@@ -83,7 +102,7 @@ async fn show(State(app): State<App>, caller: Caller, Id(id): Id) -> Result<Json
         used: used.map_or(0, |row| row.up + row.down),
         quota_bytes: user.quota_bytes,
         period_started: (period > TOTAL).then(|| time_text(period)),
-        history: history.all(db).await?.into_iter().map(of_period).collect(),
+        history: history.into_iter().map(of_period).collect(),
     }))
 }
 
@@ -96,10 +115,19 @@ async fn reset(State(app): State<App>, Admin(caller): Admin, Id(id): Id) -> Resu
     let user = find(db, id).await?;
     let start = Calendar::load(db).await?.start(user.quota_period.as_deref());
     let used = usage::Entity::find_by_id((id, start)).one(db).await?;
+    let old = used.map_or((0, 0), |row| (row.up, row.down));
     if start > 0 {
         usage::Entity::delete_by_id((id, start)).exec(db).await?;
+        let (up, down) = (Set(old.0), Set(old.1));
+        let kept = usage_reset::ActiveModel {
+            user_id: Set(id),
+            at: Set(now()),
+            period: Set(start),
+            up,
+            down,
+        };
+        usage_reset::Entity::insert(kept).exec_without_returning(db).await?;
     }
-    let old = used.map_or((0, 0), |row| (row.up, row.down));
     edit.commit(Change::new("user.usage_reset", &user.name).old(&old).user(id)).await?;
 
     Ok(StatusCode::NO_CONTENT)

@@ -112,6 +112,10 @@ table!(
     usage = "user_usage", false: user_id: i64, period: i64; up: i64, down: i64
 );
 table!(
+    /// What a quota period had come to when it was begun anew by hand.
+    usage_reset = "usage_resets", false: user_id: i64, at: i64; period: i64, up: i64, down: i64
+);
+table!(
     /// Who changed what.
     audit = "audit_logs", true: id: i64;
     at: i64, actor: String, address: String, action: String, subject: String, old: String,

@@ -278,6 +278,17 @@ fn tables() -> Vec<TableCreateStatement> {
             &["user_id", "period"],
         ),
         table(
+            "usage_resets",
+            &[
+                ("user_id", Number),
+                ("at", Number),
+                ("period", Number),
+                ("up", Number),
+                ("down", Number),
+            ],
+            &["user_id", "at"],
+        ),
+        table(
             "audit_logs",
             &[
                 ("at", Number),

@@ -279,6 +279,10 @@ fn a_spent_quota_ends_the_users_sessions_and_a_reset_gives_it_back() {
         let usage = planes.must("GET", &format!("/users/{id}/usage"), Value::Null);
         let ever = usage["up"].as_u64().unwrap() + usage["down"].as_u64().unwrap();
         assert_eq!((usage["used"].as_u64(), ever), (Some(0), 1_000_000));
+        // What it had come to is not forgotten.
+        let past = &usage["history"][0];
+        let sum = past["up"].as_u64().unwrap() + past["down"].as_u64().unwrap();
+        assert!(sum == 1_000_000 && past["reset_at"].is_string(), "{usage}");
     });
 }
 
@@ -375,6 +379,80 @@ fn a_changed_quota_holds_for_what_runs() {
         await_some("tunnel", || node.tunnel("ann", target).ok());
         moved = 1_000_000 + transfer(&node, "ann", target, 200_000);
         await_some("bytes", || (planes.used(&id) == moved).then_some(()));
+    });
+}
+
+/// RELIABILITY D4, when the nodes follow different control planes.
+#[test]
+fn a_quota_holds_over_nodes_of_two_control_planes() {
+    const QUOTA: u64 = 20_000_000;
+    on_server(|url, _| {
+        let first = Planes::start(Some(url));
+        let second = first.second();
+        let nodes = [first.node("one"), second.node("two")];
+        let target = source();
+        let limits = json!({ "quota_bytes": QUOTA, "quota_period": "total" });
+        let id = first.user("ann", json!({ "limits": limits }));
+        for node in &nodes {
+            drop(await_some("tunnel", || node.tunnel("ann", target).ok()));
+        }
+        let received: u64 = thread::scope(|scope| {
+            let sessions: Vec<_> = (0..20)
+                .map(|number| {
+                    let node = &nodes[number % 2];
+                    scope.spawn(move || node.tunnel("ann", target).map_or(0, drink))
+                })
+                .collect();
+            sessions.into_iter().map(|session| session.join().unwrap()).sum()
+        });
+        assert!(received <= QUOTA, "{received}");
+        await_some("the whole quota", || (first.used(&id) >= QUOTA).then_some(()));
+        pause(Duration::from_millis(1500));
+        assert_eq!((first.used(&id), second.used(&id)), (QUOTA, QUOTA));
+        for node in &nodes {
+            await_some("refusal", || node.tunnel("ann", target).err());
+        }
+    });
+}
+
+/// RELIABILITY D3: whichever way it is asked, it is the same sum.
+#[test]
+fn sums_are_the_same_in_every_view() {
+    on_each(|planes| {
+        let (node, target) = (planes.node("edge"), echo());
+        let ids = ["ann", "bob"].map(|name| planes.user(name, json!({})));
+        await_some("tunnel", || node.tunnel("bob", target).ok());
+        let mut sessions = 1;
+        for (name, size) in [("ann", 1), ("bob", 70_000), ("ann", 900_000), ("bob", 12)] {
+            transfer(&node, name, target, size);
+            sessions += 1;
+        }
+        let log = await_some("records", || {
+            let log = planes.must("GET", "/logs/access?page_size=100", Value::Null);
+            (log["total"].as_u64() >= Some(sessions)).then_some(log)
+        });
+        let sum = |rows: &[Value], key: &str| -> u64 {
+            rows.iter().map(|row| row[key].as_u64().unwrap()).sum()
+        };
+        let rows = log["items"].as_array().unwrap();
+        let of_records = [sum(rows, "bytes_up"), sum(rows, "bytes_down")];
+        let of_users = || {
+            let usage = ids
+                .each_ref()
+                .map(|id| planes.must("GET", &format!("/users/{id}/usage"), Value::Null));
+            [sum(&usage, "up"), sum(&usage, "down")]
+        };
+        await_some("sums", || (of_users() == of_records).then_some(()));
+        let of_node = ["up", "down"].map(|direction| {
+            node.metric(&format!("culvert_bytes_total{{direction=\"{direction}\"}}")) as u64
+        });
+        let summary = planes.must("GET", "/traffic/summary", Value::Null);
+        let of_all = ["up", "down"].map(|key| summary["total"][key].as_u64().unwrap());
+        let of_lines = node.access_log();
+        let lines: Vec<Value> =
+            of_lines.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+        let of_lines = [sum(&lines, "bytes_up"), sum(&lines, "bytes_down")];
+        assert_eq!([of_node, of_all, of_lines], [of_records; 3]);
     });
 }
 

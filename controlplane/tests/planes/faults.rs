@@ -16,15 +16,15 @@ use std::{
     time::{Duration, Instant},
 };
 
-use culvert_api::link::{self, Decoder, Down, down, encode};
+use culvert_api::link::{self, Decoder, Down, Up, down, encode, up};
 use culvert_control::{store::Store, usage};
 use serde_json::{Value, json};
 
 use crate::{
     accounting::transfer,
     support::{
-        Gate, Planes, Program, address_of, await_some, echo, on_each, on_own_server, on_server,
-        pause, ping, rounds,
+        Gate, Node, Planes, Program, address_of, await_some, echo, on_each, on_own_server,
+        on_server, pause, ping, rounds,
     },
 };
 
@@ -122,6 +122,100 @@ fn acknowledgements_may_be_lost_repeated_and_late() {
     });
 }
 
+/// A node that says what a test has it say.
+struct Peer {
+    stream: UnixStream,
+    decoder: Decoder,
+}
+
+impl Peer {
+    fn connect(planes: &Planes) -> Self {
+        let stream = UnixStream::connect(planes.state().join("control.sock")).unwrap();
+        stream.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+        Self { stream, decoder: Decoder::default() }
+    }
+
+    fn say(&mut self, body: up::Body) {
+        let mut bytes = Vec::new();
+        encode(&Up { body: Some(body) }, &mut bytes);
+        self.stream.write_all(&bytes).unwrap();
+    }
+
+    fn hello(&mut self, [min, max]: [u32; 2]) -> link::Welcome {
+        self.say(up::Body::Hello(link::Hello {
+            node: "other".into(),
+            boot: 7,
+            version_min: min,
+            version: max,
+            program: "another".into(),
+            ..Default::default()
+        }));
+        match self.hear() {
+            Some(down::Body::Welcome(welcome)) => welcome,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    /// What comes next; `None` is the end.
+    fn hear(&mut self) -> Option<down::Body> {
+        let mut part = [0; 4096];
+        loop {
+            if let Some(Down { body: Some(body) }) = self.decoder.take::<Down>().unwrap() {
+                return Some(body);
+            }
+            match self.stream.read(&mut part) {
+                Ok(0) => return None,
+                Ok(read) => self.decoder.push(&part[..read]),
+                Err(error) => panic!("{error}"),
+            }
+        }
+    }
+}
+
+/// Nodes of other versions are taken if there is one in common, and told why if not; a node that cannot
+/// follow says so, and an operator sees it.
+#[test]
+fn versions_are_agreed_on_and_refusals_are_shown() {
+    on_each(|planes| {
+        let version = link::VERSION;
+        // One of the next version, which still speaks this one.
+        let mut next = Peer::connect(&planes);
+        let welcome = next.hello([version, version + 1]);
+        assert_eq!((welcome.version, &*welcome.refusal), (version, ""));
+        let generation = loop {
+            match next.hear() {
+                Some(down::Body::Snapshot(snapshot)) => break snapshot.generation,
+                Some(_) => {}
+                None => panic!("no policy"),
+            }
+        };
+        let reasons = vec!["rule.7: `moon` is not known".to_owned()];
+        next.say(up::Body::Refused(link::Refused { generation, reasons }));
+        let shown = || {
+            let nodes = planes.must("GET", "/proxy/nodes", Value::Null);
+            let node =
+                nodes["items"].as_array().unwrap().iter().find(|node| node["name"] == "other");
+            node.cloned()
+        };
+        let node = await_some("the refusal", || {
+            shown().filter(|node| node["refusal"].as_str().is_some_and(|text| !text.is_empty()))
+        });
+        assert!(node["refusal"].as_str().unwrap().contains("`moon` is not known"), "{node}");
+        assert_eq!((&node["version"], &node["online"]), (&json!("another"), &json!(true)));
+        // Once it follows, there is nothing to be shown.
+        next.say(up::Body::Applied(link::Applied { generation }));
+        await_some("no refusal", || shown().filter(|node| node["refusal"] == ""));
+        drop(next);
+        await_some("its end", || shown().filter(|node| node["online"] == false));
+
+        // One that has given this version up.
+        let mut later = Peer::connect(&planes);
+        let welcome = later.hello([version + 1, version + 2]);
+        assert!(welcome.refusal.contains("upgrade the older one"), "{}", welcome.refusal);
+        assert!(later.hear().is_none());
+    });
+}
+
 /// RELIABILITY C4 and D1, under load: whenever the control plane is killed, no session notices, and in the
 /// end every byte is there once.
 #[test]
@@ -208,6 +302,73 @@ fn a_full_disk_is_told_and_survived() {
         .output()
         .unwrap();
     assert_eq!(String::from_utf8_lossy(&check.stdout).trim(), "ok");
+}
+
+/// RELIABILITY D8, the node's disk: sessions go on, edits are in force, sums stay exact, records that find no
+/// room are counted, and with room again all of it is kept again.
+#[test]
+fn a_nodes_full_disk_is_told_and_survived() {
+    let planes = Planes::start(None);
+    let mut node = planes.node_on_disk("edge", 32 << 20);
+    let target = echo();
+    let id = planes.user("ann", json!({}));
+    let mut stream = await_some("tunnel", || node.tunnel("ann", target).ok());
+    let mut moved = transfer(&node, "ann", target, 5000);
+    let written = |node: &Node| {
+        let of = |what: &str| node.metric(&format!("culvert_records_{what}_total")) as u64;
+        (of("written"), of("lost"))
+    };
+    await_some("a record", || (written(&node).0 > 0).then_some(()));
+    let filler = node.dir.join("filler");
+    let mut file = fs::File::create(&filler).unwrap();
+    while file.write_all(&[0; 4096]).is_ok() {}
+    drop(file);
+
+    const ROUNDS: u64 = 300;
+    for round in 0..ROUNDS {
+        moved += transfer(&node, "ann", target, 1000 + round as usize);
+        ping(&mut stream).unwrap();
+        moved += 8;
+    }
+    let (kept, lost) = await_some("records", || {
+        let (kept, lost) = written(&node);
+        (kept + lost > ROUNDS).then_some((kept, lost))
+    });
+    assert!(lost > 0 && kept > 0, "{kept} {lost}");
+    planes.user("bob", json!({}));
+    // More than the last page of the copy has room for.
+    let networks = (0..500).map(|n| format!("10.{}.{}.0/24", n / 250, n % 250));
+    let networks: Vec<String> = networks.chain(["127.0.0.0/8".into()]).collect();
+    planes.must("PATCH", "/settings", json!({ "allow_internal": networks }));
+    node.program.await_line("its copy could not be written");
+    await_some("an edit in force", || node.tunnel("bob", target).ok());
+    await_some(&format!("{moved} bytes"), || (planes.used(&id) >= moved).then_some(()));
+
+    fs::remove_file(&filler).unwrap();
+    let began = Instant::now();
+    await_some("records that are written", || {
+        moved += transfer(&node, "ann", target, 700);
+        (written(&node).0 > kept).then_some(())
+    });
+    assert!(began.elapsed() < Duration::from_secs(5));
+    planes.user("cid", json!({}));
+    await_some("tunnel", || node.tunnel("cid", target).ok());
+    drop(stream);
+    let (records, sessions) = await_some("all records", || {
+        let sessions = node.metric("culvert_records_total") as u64;
+        let (kept, lost) = written(&node);
+        (kept + lost == sessions && node.metric("culvert_sessions_active") == 0.0)
+            .then_some((kept, sessions))
+    });
+    // What was written is in the log of the control plane; what was said to be lost may be.
+    let logs = || planes.must("GET", "/logs/access", Value::Null)["total"].as_u64().unwrap();
+    await_some("records", || (records..=sessions).contains(&logs()).then_some(()));
+    await_some(&format!("{moved} bytes"), || (planes.used(&id) >= moved).then_some(()));
+    pause(Duration::from_millis(1500));
+    assert_eq!(planes.used(&id), moved);
+    // The copy on its disk has the last edit.
+    assert!(fs::read(node.dir.join("snapshot")).unwrap().windows(3).any(|part| part == b"cid"));
+    node.program.terminate();
 }
 
 /// What says something to a server, as root.
@@ -634,6 +795,76 @@ fn reports_that_meet_are_all_applied_once() {
             assert_eq!(minutes, [up, down]);
         });
     }
+}
+
+/// RELIABILITY D10 with deadlocks of the server's own: somebody takes the same rows' locks in the other order
+/// and has so much at stake that the reports are given up.
+#[test]
+fn reports_that_the_server_gives_up_are_applied_once() {
+    const USERS: u64 = 41;
+    on_server(|url, socket| {
+        let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().unwrap();
+        let store = runtime.block_on(async {
+            let store = Store::connect(&url, 8).await.unwrap();
+            store.migrate().await.unwrap();
+            store
+        });
+        let name = url.split('?').next().unwrap().rsplit('/').next().unwrap();
+        let report = |writer: u64, sequence: u64| link::Report {
+            boot: writer + 1,
+            sequence,
+            users: (1..=USERS)
+                .map(|user| link::Usage { user, up: sequence * 10, down: sequence, held: None })
+                .collect(),
+            ..Default::default()
+        };
+        runtime.block_on(usage::apply(&store, 1, &report(0, 1))).unwrap();
+        let deadlocks = || -> u64 {
+            let status = "SELECT variable_value FROM information_schema.global_status \
+                 WHERE variable_name = 'INNODB_DEADLOCKS'";
+            let said = client(socket, status).output().unwrap().stdout;
+            String::from_utf8(said).unwrap().trim().parse().unwrap()
+        };
+        let (before, reports) = (deadlocks(), rounds(40, 1250) as u64);
+        let over = AtomicBool::new(false);
+        let own = thread::scope(|scope| {
+            let rival = scope.spawn(|| {
+                let weight = "CREATE TABLE weight (n INT)";
+                sql(socket, &format!("USE {name}; {weight}"));
+                let contend = format!(
+                    "USE {name}; BEGIN; INSERT INTO weight SELECT seq FROM seq_1_to_5000; \
+                     UPDATE user_usage SET up = up WHERE user_id = {USERS} AND period = 0; \
+                     DO SLEEP(0.02); \
+                     UPDATE user_usage SET up = up WHERE user_id = 1 AND period = 0; ROLLBACK"
+                );
+                let mut lost = 0;
+                while !over.load(Relaxed) {
+                    lost += u64::from(!client(socket, &contend).status().unwrap().success());
+                }
+                lost
+            });
+            let writers: Vec<_> = (0..8)
+                .map(|writer| {
+                    let store = store.clone();
+                    runtime.spawn(async move {
+                        for sequence in 2..=reports {
+                            let report = report(writer, sequence);
+                            while usage::apply(&store, writer as i64 + 1, &report).await.is_err() {}
+                        }
+                    })
+                })
+                .collect();
+            writers.into_iter().for_each(|writer| runtime.block_on(writer).unwrap());
+            over.store(true, Relaxed);
+            rival.join().unwrap()
+        });
+        let met = deadlocks() - before;
+        assert!(met > own, "of {met} deadlocks the rival lost {own}");
+        let sums = usage::sums(store.db(), "user_usage WHERE period = 0");
+        let [up, down] = runtime.block_on(sums).unwrap();
+        let of_each = (8 * USERS * reports) as i64;
+        assert_eq!((up, down), (10 * of_each, of_each));
+    });
 }
 
 /// Two control planes of one database, each with a node under load: each dies and returns, edits go on

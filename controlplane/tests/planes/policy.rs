@@ -104,6 +104,7 @@ fn filters_rules_and_the_whitelist_are_followed() {
     });
 }
 
+/// RELIABILITY C9.
 #[test]
 fn a_node_serves_from_its_copy_without_the_control_plane() {
     on_each(|mut planes| {
@@ -113,13 +114,21 @@ fn a_node_serves_from_its_copy_without_the_control_plane() {
         await_some("tunnel", || node.tunnel("ann", target).ok());
         planes.control.kill();
         node.program.kill();
+        let began = Instant::now();
         planes.again(&mut node);
         ping(&mut node.tunnel("ann", target).unwrap()).unwrap();
+        assert!(began.elapsed() < Duration::from_secs(1), "{:?}", began.elapsed());
 
         // One that never saw a policy opens to nobody.
         let fresh = planes.node_alone("fresh");
         assert_eq!(fresh.tunnel("ann", target).err(), Some(255));
         planes.restart_control();
+        let began = Instant::now();
+        for node in [&node, &fresh] {
+            let connected = || (node.metric("culvert_control_connected") == 1.0).then_some(());
+            await_some("the control plane", connected);
+        }
+        assert!(began.elapsed() < Duration::from_secs(2), "{:?}", began.elapsed());
         await_some("tunnel", || fresh.tunnel("ann", target).ok());
         planes.user("bob", json!({}));
         for node in [&node, &fresh] {

@@ -154,7 +154,12 @@ pub fn on_server(test: impl FnOnce(String, &str)) {
 
 /// How many rounds of a test that proves more the longer it runs: many in a soak.
 pub fn rounds(few: usize, many: usize) -> usize {
-    if std::env::var_os("SOAK").is_some() { many } else { few }
+    if is_soak() { many } else { few }
+}
+
+/// Whether there is time, and a quiet machine.
+pub fn is_soak() -> bool {
+    std::env::var_os("SOAK").is_some()
 }
 
 /// Runs a test on a database server of its own, whose settings it may change, if there is one at all.
@@ -273,10 +278,7 @@ impl Planes {
         let dir = folder.path().join("control");
         fs::create_dir(&dir).unwrap();
         Self::configure(folder.path(), None, "");
-        let script =
-            format!("mount -t tmpfs -o size={bytes} none {} && exec \"$0\" \"$@\"", dir.display());
-        let mut command = Command::new("unshare");
-        command.args(["-r", "-m", "sh", "-c", &script, env!("CARGO_BIN_EXE_culvert-control")]);
+        let mut command = on_disk(&dir, bytes, Path::new(env!("CARGO_BIN_EXE_culvert-control")));
         let (control, [api, link]) =
             Self::listening(Program::spawn(command.args(Self::serve(folder.path()))));
         let (token, environment) = (String::new(), Vec::new());
@@ -427,19 +429,38 @@ impl Planes {
 
     /// Starts a node with the keys of its `[control]`.
     pub fn node_by(&self, name: &str, control: &str) -> Node {
-        self.node_of(name, name, "1s", control)
+        self.node_of(name, name, "1s", control, Command::new)
+    }
+
+    /// Starts a node whose state directory is a disk of so many bytes of its own.
+    pub fn node_on_disk(&self, name: &str, bytes: usize) -> Node {
+        let dir = self.folder.path().join(name);
+        fs::create_dir_all(&dir).unwrap();
+        let control = format!("connect = 'unix:{}'", self.state().join("control.sock").display());
+        let mut node =
+            self.node_of(name, name, "1s", &control, |program| on_disk(&dir, bytes, program));
+        node.dir = PathBuf::from(format!("/proc/{}/root{}", node.program.id(), dir.display()));
+        node.program.await_line("policy followed");
+        node
     }
 
     /// Starts another boot of a node, beside the one that runs, which both take long to drain.
     pub fn boot(&self, name: &str, number: u32) -> Node {
         let socket = self.folder.path().join("control/control.sock");
         let control = format!("connect = 'unix:{}'", socket.display());
-        let node = self.node_of(&format!("{name}-{number}"), name, "30s", &control);
+        let node = self.node_of(&format!("{name}-{number}"), name, "30s", &control, Command::new);
         node.program.await_line("policy followed");
         node
     }
 
-    fn node_of(&self, folder: &str, name: &str, drain: &str, control: &str) -> Node {
+    fn node_of(
+        &self,
+        folder: &str,
+        name: &str,
+        drain: &str,
+        control: &str,
+        command: impl FnOnce(PathBuf) -> Command,
+    ) -> Node {
         let dir = self.folder.path().join(folder);
         let config = self.folder.path().join(format!("{folder}.toml"));
         let text = format!(
@@ -453,7 +474,7 @@ impl Planes {
         let control = Path::new(env!("CARGO_BIN_EXE_culvert-control"));
         let path = control.with_file_name("culvert");
         assert!(path.exists(), "build the data plane first: cargo build -p culvert");
-        let mut program = Command::new(path);
+        let mut program = command(path);
         program.args(["run", "-c", config.to_str().unwrap()]).envs(self.environment.clone());
         let program = Program::spawn(&mut program);
         let proxy = address_of(&program.await_line("listening"), "address=");
@@ -566,6 +587,15 @@ impl Planes {
     }
 }
 
+/// What runs a program for which a folder is a disk of so many bytes of its own.
+fn on_disk(dir: &Path, bytes: usize, program: impl AsRef<Path>) -> Command {
+    let mount = format!("mount -t tmpfs -o size={bytes} none {}", dir.display());
+    let mut command = Command::new("unshare");
+    command.args(["-r", "-m", "sh", "-c", &format!("{mount} && exec \"$0\" \"$@\"")]);
+    command.arg(program.as_ref());
+    command
+}
+
 fn unchunk(mut text: &str) -> String {
     let mut whole = String::new();
     while let Some((size, rest)) = text.split_once("\r\n") {
@@ -580,6 +610,16 @@ fn unchunk(mut text: &str) -> String {
 }
 
 impl Node {
+    /// The value of a metric, given as its line begins; 0 when it is not there.
+    pub fn metric(&self, start: &str) -> f64 {
+        let mut stream = UnixStream::connect(self.dir.join("admin.sock")).unwrap();
+        write!(stream, "GET /metrics HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n").unwrap();
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).unwrap();
+        let value = |line: &str| line.strip_prefix(start)?.strip_prefix(' ')?.parse().ok();
+        answer.lines().find_map(value).unwrap_or(0.0)
+    }
+
     /// All access records so far, as lines.
     pub fn access_log(&self) -> String {
         let files = fs::read_dir(&self.dir).unwrap().flatten();

@@ -16,7 +16,7 @@ use std::{
 use culvert_proto::Target;
 use serde_json::json;
 
-use crate::support::{PASSWORD, Setup, await_some, echo, pause, ping, rounds, target};
+use crate::support::{PASSWORD, Setup, await_some, echo, is_soak, pause, ping, rounds, target};
 
 fn culvert(arguments: &[&str], input: &str) -> (bool, String, String) {
     let mut child = Command::new(env!("CARGO_BIN_EXE_culvert"))
@@ -391,6 +391,11 @@ fn a_log_that_stalls_holds_nobody_up() {
         assert!(failed.is_none(), "{failed:?}");
         count as f64 / started.elapsed().as_secs_f64()
     };
+    let cpu_of = |count: usize| {
+        let began = proxy.cpu();
+        let rate = exchange(count);
+        (rate, (proxy.cpu() - began).as_secs_f64() / count as f64)
+    };
     // A reader that reads while it is to, and says how many lines it has read.
     let (reads, lines) = (Arc::new(AtomicBool::new(true)), Arc::new(AtomicUsize::new(0)));
     let (asked, counted) = (reads.clone(), lines.clone());
@@ -408,12 +413,15 @@ fn a_log_that_stalls_holds_nobody_up() {
     });
     let total = CLIENTS * (requests / 8 + requests / 2 + requests);
     exchange(requests / 8);
-    let before = exchange(requests / 2);
+    let (before, cpu_before) = cpu_of(requests / 2);
     reads.store(false, Relaxed);
-    let stalled = exchange(requests);
+    let (stalled, cpu_stalled) = cpu_of(requests);
     assert!(proxy.metric("culvert_records_dropped_total") > 0.0, "nothing was dropped");
     // More than noise would be the log that is waited for.
     assert!(stalled / before > 0.7, "{stalled} of {before} requests a second");
+    // Nor does it cost the node more than clocks that tick a hundred times a second can tell.
+    let ratio = cpu_stalled / cpu_before;
+    assert!(ratio < if is_soak() { 1.01 } else { 1.1 }, "{ratio} of the CPU time a request");
 
     // The log goes on: all that was not dropped is written.
     reads.store(true, Relaxed);
