@@ -5,9 +5,9 @@ use std::io::{BufRead, Write};
 
 use anyhow::Context;
 use sea_orm::{
-    ActiveModelTrait, ConnectionTrait, EntityName, EntityTrait, FromQueryResult, IntoActiveModel,
-    Iterable, ModelTrait, PaginatorTrait, PrimaryKeyToColumn, QueryOrder, QuerySelect, Statement,
-    TransactionTrait,
+    ActiveModelTrait, ConnectionTrait, DatabaseBackend, EntityName, EntityTrait, FromQueryResult,
+    IntoActiveModel, Iterable, ModelTrait, PaginatorTrait, PrimaryKeyToColumn, QueryOrder,
+    QuerySelect, Statement, TransactionTrait,
 };
 use serde::{Serialize, de::DeserializeOwned};
 use serde_json::{Value, json};
@@ -130,6 +130,25 @@ pub async fn restore(store: &Store, from: impl BufRead) -> anyhow::Result<()> {
     let ahead = format!("UPDATE head SET generation = generation + {AHEAD}");
     db.execute_raw(Statement::from_string(db.get_database_backend(), ahead)).await?;
     db.commit().await?;
+    for table in ["users", "nodes"] {
+        leave_out_numbers(store.db(), table).await?;
+    }
+    Ok(())
+}
+
+/// Numbers that were given out after the backup, or whose row was deleted before it, are not given out again:
+/// what they moved would be another's.
+async fn leave_out_numbers(db: &impl ConnectionTrait, table: &str) -> anyhow::Result<()> {
+    let backend = db.get_database_backend();
+    let sql = if backend == DatabaseBackend::MySql {
+        let last = format!("SELECT CAST(COALESCE(MAX(id), 0) AS SIGNED) AS last FROM {table}");
+        let row = db.query_one_raw(Statement::from_string(backend, last)).await?;
+        let last: i64 = row.map_or(Ok(0), |row| row.try_get("", "last"))?;
+        format!("ALTER TABLE {table} AUTO_INCREMENT = {}", last + AHEAD + 1)
+    } else {
+        format!("UPDATE sqlite_sequence SET seq = seq + {AHEAD} WHERE name = '{table}'")
+    };
+    db.execute_raw(Statement::from_string(backend, sql)).await?;
     Ok(())
 }
 

@@ -48,7 +48,7 @@ const WELCOME: Duration = Duration::from_secs(5);
 /// A report that is not acknowledged for so long never will be.
 const SILENT: Duration = Duration::from_secs(20);
 /// Pauses between two tries to connect.
-const PAUSE: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(2));
+const PAUSE: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(1));
 /// Records sent at once.
 const RECORDS: usize = 500;
 /// Records that may be on their way.

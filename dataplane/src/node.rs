@@ -61,6 +61,8 @@ const LISTED: Duration = Duration::from_secs(10);
 /// Between the end of a drain and the end of the process, for resets to leave and records to be
 /// written.
 const LAST_WORDS: Duration = Duration::from_millis(300);
+/// Between two looks for sessions whose address gave way to another.
+const EVICTED_PAUSE: Duration = Duration::from_millis(50);
 /// How long the control plane may take to acknowledge the last report.
 const LAST_REPORT: Duration = Duration::from_secs(3);
 
@@ -128,6 +130,7 @@ pub fn run(config: Config, source: Source) -> anyhow::Result<()> {
         let node = Arc::new(Node::start(&config, drain).await?);
         crate::admin::start(&node, &config).await?;
         let link = node.link().map(tokio::spawn);
+        tokio::spawn(node.clone().end_evicted());
         let is_written = reload::serve(&node, source, signals, drained).await?;
         if let (Some(link), Some(follower)) = (link, &node.follower) {
             follower.finish(is_written);
@@ -417,6 +420,16 @@ impl Node {
         for answer in self.ask(|reply| Message::Settle(users.clone(), reply)) {
             // One that does not answer takes it with the user's next byte.
             let _ = tokio::time::timeout(ALIVE, answer).await;
+        }
+    }
+
+    /// Ends the sessions of client addresses that gave way to another of their user, as they do.
+    async fn end_evicted(self: Arc<Self>) {
+        loop {
+            self.shared.evicted.notified().await;
+            self.tell(|| Message::EndEvicted);
+            // Two devices of one user may take each other's place without end.
+            tokio::time::sleep(EVICTED_PAUSE).await;
         }
     }
 

@@ -263,6 +263,14 @@ impl Session {
         self.watch.silence(timeouts.idle, Cause::IdleTimeout.code());
         let allowance = self.allowance();
         let context = self.context(&allowance, timeouts.half_close);
+        #[cfg(feature = "faults")]
+        if self.user().is_some_and(|user| &*user.name == "panic-relay") {
+            let cut = async {
+                culvert_rt::sleep(Duration::from_millis(100)).await;
+                panic!("a fault that a test asked for")
+            };
+            culvert_rt::join(cut, relay(client, upstream, &context, Until::BothEnd)).await;
+        }
         let relayed = relay(client, upstream, &context, Until::BothEnd).await;
         if relayed.spliced {
             self.worker.counters.spliced.add(1);

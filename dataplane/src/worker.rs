@@ -60,7 +60,7 @@ pub struct Shared {
     pub logins: LoginPool,
     /// Where names are resolved.
     pub resolver: Resolver,
-    /// A client address gave way to another of its user: sessions are to be judged again.
+    /// A client address gave way to another of its user.
     pub evicted: Notify,
     /// The node takes no more sessions.
     pub draining: AtomicBool,
@@ -93,6 +93,8 @@ pub enum Message {
     Totals(oneshot::Sender<Vec<(u64, Bytes)>>),
     /// Take from users' leases what was moved before they began.
     Settle(Arc<[u64]>, oneshot::Sender<()>),
+    /// End the sessions of client addresses that gave way.
+    EndEvicted,
     /// End all sessions of a user.
     EndUser(u64, Cause),
     /// Which sessions run?
@@ -282,6 +284,11 @@ impl Worker {
                     live.stop(cause);
                 }
             }
+            Message::EndEvicted => {
+                for live in self.live().iter().filter(|live| live.is_evicted()) {
+                    live.stop(Cause::Evicted);
+                }
+            }
             Message::List(reply) => self.list(reply),
             Message::Drain => self.drain(),
             Message::End(id, cause) => {
@@ -351,8 +358,8 @@ impl Worker {
         let live = self.live();
         for slice in live.chunks(SLICE) {
             for live in slice {
-                if let Some(cause) = live.judge(&snapshot) {
-                    live.stop(cause);
+                if !live.is_allowed(&snapshot) {
+                    live.stop(Cause::Revoked);
                     self.counters.revoked.add(1);
                 }
             }

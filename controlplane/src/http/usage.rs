@@ -83,26 +83,31 @@ async fn show(State(app): State<App>, caller: Caller, Id(id): Id) -> Result<Json
         .filter(usage_reset::Column::UserId.eq(id))
         .order_by_desc(usage_reset::Column::At)
         .limit(HISTORY);
-    let periods = history.all(db).await?.into_iter();
-    let periods = periods.map(|row| (row.period, i64::MAX, row.up, row.down));
-    let resets = resets.all(db).await?.into_iter();
-    let resets = resets.map(|row| (row.period, row.at, row.up, row.down));
-    let mut history: Vec<(i64, i64, i64, i64)> = periods.chain(resets).collect();
-    history.sort_unstable_by(|a, b| b.cmp(a));
-    history.truncate(HISTORY as usize);
-    let of_period = |(period, at, up, down)| PeriodView {
-        started_at: (period > TOTAL).then(|| time_text(period)),
-        reset_at: (at < i64::MAX).then(|| time_text(at)),
-        up,
-        down,
+    let of_period = |period: i64, reset: Option<i64>, up: i64, down: i64| {
+        let view = PeriodView {
+            started_at: (period > TOTAL).then(|| time_text(period)),
+            reset_at: reset.map(time_text),
+            up,
+            down,
+        };
+        // Of one period, what goes on is later than what was reset; one in total has no other time.
+        let began = if period > TOTAL { period } else { reset.unwrap_or(0) };
+        ((began, reset.unwrap_or(i64::MAX)), view)
     };
+    let periods = history.all(db).await?.into_iter();
+    let periods = periods.map(|row| of_period(row.period, None, row.up, row.down));
+    let resets = resets.all(db).await?.into_iter();
+    let resets = resets.map(|row| of_period(row.period, Some(row.at), row.up, row.down));
+    let mut history: Vec<_> = periods.chain(resets).collect();
+    history.sort_unstable_by_key(|(at, _)| std::cmp::Reverse(*at));
+    history.truncate(HISTORY as usize);
     Ok(Json(UsageView {
         up: all.as_ref().map_or(0, |row| row.up),
         down: all.as_ref().map_or(0, |row| row.down),
         used: used.map_or(0, |row| row.up + row.down),
         quota_bytes: user.quota_bytes,
         period_started: (period > TOTAL).then(|| time_text(period)),
-        history: history.into_iter().map(of_period).collect(),
+        history: history.into_iter().map(|(_, view)| view).collect(),
     }))
 }
 
@@ -115,8 +120,8 @@ async fn reset(State(app): State<App>, Admin(caller): Admin, Id(id): Id) -> Resu
     let user = find(db, id).await?;
     let start = Calendar::load(db).await?.start(user.quota_period.as_deref());
     let used = usage::Entity::find_by_id((id, start)).one(db).await?;
-    let old = used.map_or((0, 0), |row| (row.up, row.down));
-    if start > 0 {
+    let old = used.as_ref().map_or((0, 0), |row| (row.up, row.down));
+    if start > 0 && used.is_some() {
         usage::Entity::delete_by_id((id, start)).exec(db).await?;
         let (up, down) = (Set(old.0), Set(old.1));
         let kept = usage_reset::ActiveModel {

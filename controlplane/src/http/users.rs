@@ -70,7 +70,8 @@ pub(crate) struct UserLimits {
     #[schema(minimum = 1, maximum = 64)]
     devices: Option<i64>,
     /// With `devices` in use, a further address takes the place of the one that came first, whose sessions
-    /// end; otherwise the further address is refused.
+    /// end; otherwise the further address is refused. Addresses that are there when `devices` changes are not
+    /// counted.
     evict_oldest: bool,
     /// Client networks the user may come from; empty is any.
     #[schema(max_items = 64)]

@@ -123,7 +123,8 @@ pub struct Limits {
     /// Client addresses at once (1 to 64; IPv6 counted by /64).
     pub devices: Option<u32>,
     /// With `devices` in use, a further address takes the place of the one that came first, whose sessions
-    /// end; otherwise the further address is refused.
+    /// end; otherwise the further address is refused. Addresses that are there when `devices` changes are not
+    /// counted.
     pub evict_oldest: bool,
     /// Client addresses the user may come from.
     pub source_addresses: Option<Vec<IpNet>>,

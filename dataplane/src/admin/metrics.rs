@@ -49,11 +49,7 @@ const HELP: &[(&str, bool, &str)] = &[
         "Lines of the log that its writer did not keep up with",
     ),
     ("culvert_dns_lookups_total", true, "Names looked up, by where the answer came from"),
-    (
-        "culvert_revoked_total",
-        true,
-        "Sessions ended because a new snapshot forbids them, or another device of their user came",
-    ),
+    ("culvert_revoked_total", true, "Sessions ended because a new snapshot forbids them"),
     ("culvert_spliced_total", true, "Sessions of which a direction was moved to splice"),
     ("culvert_panics_total", true, "Sessions ended by a bug"),
     (

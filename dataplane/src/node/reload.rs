@@ -21,7 +21,7 @@ const QUIET: Duration = Duration::from_millis(200);
 /// One to which something always happens is read after so long.
 const RESTLESS: Duration = Duration::from_secs(2);
 /// How often the clock is looked at for users that expire; it may step.
-const LOOK: Duration = Duration::from_secs(1);
+const LOOK: Duration = Duration::from_millis(250);
 
 /// Where the configuration came from.
 #[derive(Debug, Clone)]
@@ -68,6 +68,9 @@ pub(super) async fn serve(
     // A reload goes on beside all else, one at a time: it may take a second, and a drain must not wait.
     let mut reloads = JoinSet::new();
     let (mut changed_at, mut due) = (None::<Instant>, None::<Instant>);
+    // A supervisor that is not told in time starts another.
+    let mut watchdog =
+        sd_notify::watchdog_enabled().map(|within| tokio::time::interval(within / 3));
     loop {
         tokio::select! {
             _ = terminate.recv() => break,
@@ -84,11 +87,26 @@ pub(super) async fn serve(
                 reloads.spawn(async move { reload(&node, &source).await });
             }
             Some(_) = reloads.join_next() => {}
-            () = node.shared.evicted.notified() => node.judge(),
             _ = look.tick() => node.judge_expired(),
+            () = tick(&mut watchdog) => {
+                let node = node.clone();
+                // Beside all else: a worker that is stuck takes its time to be found out.
+                tokio::spawn(async move {
+                    if node.is_alive().await {
+                        let _ = sd_notify::notify(&[sd_notify::NotifyState::Watchdog]);
+                    }
+                });
+            }
         }
     }
     Ok(node.drain().await)
+}
+
+async fn tick(interval: &mut Option<tokio::time::Interval>) {
+    match interval {
+        Some(interval) => drop(interval.tick().await),
+        None => std::future::pending().await,
+    }
 }
 
 async fn sleep_until(due: Option<Instant>) {

@@ -20,8 +20,17 @@ const THROTTLED_MAX: usize = 50_000;
 /// Where the answer to a login goes: called once, from a thread of the pool.
 pub type LoginTicket = Box<dyn FnOnce(bool) + Send>;
 
+/// Whose password is offered.
+pub enum Whose {
+    /// A user's.
+    User(Arc<Credential>),
+    /// Nobody's, under a name that is not known: it is checked against a user's all the same, so that it
+    /// takes as long, and is wrong.
+    Nobody(Option<Arc<Credential>>),
+}
+
 struct Job {
-    credential: Option<Arc<Credential>>,
+    whose: Whose,
     password: Secret,
     ticket: LoginTicket,
 }
@@ -72,17 +81,17 @@ impl LoginPool {
         self.key.login(name, user.map_or("", |user| user.credential.hash()), password)
     }
 
-    /// Asks for a password to be verified; an unknown user (`None`) costs as much as a known one.
+    /// Asks for a password to be verified.
     ///
     /// # Errors
     /// The queue is full; the ticket is dropped.
     pub fn verify(
         &self,
-        credential: Option<Arc<Credential>>,
+        whose: Whose,
         password: Secret,
         ticket: LoginTicket,
     ) -> Result<(), LoginError> {
-        match self.queue.try_send(Job { credential, password, ticket }) {
+        match self.queue.try_send(Job { whose, password, ticket }) {
             Ok(()) => Ok(()),
             Err(TrySendError::Full(_) | TrySendError::Disconnected(_)) => Err(LoginError::Busy),
         }
@@ -92,17 +101,18 @@ impl LoginPool {
 impl Job {
     fn run(self, key: &RememberKey) {
         // A guess may have waited behind the right one of the same user.
-        let right = match &self.credential {
-            Some(credential) if credential.remembers(key, &self.password) => true,
-            Some(credential) => {
+        let right = match &self.whose {
+            Whose::User(credential) if credential.remembers(key, &self.password) => true,
+            Whose::User(credential) => {
                 let right = credential::verify(credential.hash(), &self.password);
                 if right {
                     credential.remember(key, &self.password);
                 }
                 right
             }
-            None => {
-                credential::verify(credential::dummy_hash(), &self.password);
+            Whose::Nobody(alike) => {
+                let hash = alike.as_ref().map_or(credential::dummy_hash(), |alike| alike.hash());
+                credential::verify(hash, &self.password);
                 false
             }
         };
@@ -210,17 +220,41 @@ mod tests {
     fn a_login_is_verified_and_then_remembered() {
         let pool = LoginPool::start(1, RememberKey::random()).unwrap();
         let credential = Arc::new(Credential::new(&bcrypt::hash("p", 4).unwrap()).unwrap());
-        let ask = |credential: Option<Arc<Credential>>, password: &[u8]| {
+        let ask = |whose: Whose, password: &[u8]| {
             let (sender, receiver) = mpsc::channel();
             let ticket = Box::new(move |right| sender.send(right).unwrap());
-            pool.verify(credential, Secret::new(password), ticket).unwrap();
+            pool.verify(whose, Secret::new(password), ticket).unwrap();
             receiver.recv_timeout(Duration::from_secs(30)).unwrap()
         };
-        assert!(!ask(None, b"p"));
-        assert!(!ask(Some(credential.clone()), b"q"));
+        let user = || Whose::User(credential.clone());
+        assert!(!ask(Whose::Nobody(None), b"p"));
+        // Right for somebody else.
+        assert!(!ask(Whose::Nobody(Some(credential.clone())), b"p"));
+        assert!(!ask(user(), b"q"));
         assert!(!pool.remembers(&credential, &Secret::new(b"p")));
-        assert!(ask(Some(credential.clone()), b"p"));
+        assert!(ask(user(), b"p"));
         assert!(pool.remembers(&credential, &Secret::new(b"p")));
+        assert!(ask(user(), b"p") && !ask(Whose::Nobody(Some(credential.clone())), b"p"));
+    }
+
+    #[test]
+    fn one_login_too_many_is_refused() {
+        let pool = LoginPool::start(1, RememberKey::random()).unwrap();
+        let (hold, held) = mpsc::channel::<()>();
+        let (sender, answers) = mpsc::channel();
+        let ask = |ticket: LoginTicket| pool.verify(Whose::Nobody(None), Secret::new(b"p"), ticket);
+        let begun = sender.clone();
+        ask(Box::new(move |_| {
+            begun.send(()).unwrap();
+            held.recv().unwrap();
+        }))
+        .unwrap();
+        // The only thread is at work from here on.
+        answers.recv_timeout(Duration::from_secs(30)).unwrap();
+        let waiting = (0..LOGINS_WAITING_MAX + 10).map(|_| ask(Box::new(|_| ())));
+        let refused: Vec<_> = waiting.filter_map(Result::err).collect();
+        assert_eq!(refused, [LoginError::Busy; 10]);
+        hold.send(()).unwrap();
     }
 
     #[test]

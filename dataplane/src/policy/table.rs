@@ -10,13 +10,13 @@ use std::{
     net::IpAddr,
     sync::{
         Arc,
-        atomic::{AtomicU64, Ordering::AcqRel, Ordering::Acquire, Ordering::Relaxed},
+        atomic::{AtomicU64, Ordering::AcqRel, Ordering::Acquire, Ordering::Release},
     },
 };
 
-const COUNT_BITS: u32 = 24;
+const COUNT_BITS: u32 = 20;
 const COUNT_MASK: u64 = (1 << COUNT_BITS) - 1;
-const TURN_BITS: u32 = 8;
+const TURN_BITS: u32 = 12;
 const KEY_SHIFT: u32 = COUNT_BITS + TURN_BITS;
 /// Entries a key may be found in.
 const WINDOW: usize = 32;
@@ -34,7 +34,7 @@ pub struct Table {
 
 #[derive(Debug, Default)]
 struct Entry {
-    /// Fingerprint (32 bits, never 0 once taken), turn (8 bits) and count (24 bits).
+    /// Fingerprint (32 bits, 0 is nobody's), turn (12 bits) and count (20 bits).
     word: AtomicU64,
     /// Until when the entry is in use, on the clock of [`super::bucket::clock`]; of one with holders no
     /// earlier than its first came.
@@ -84,7 +84,7 @@ impl Table {
     }
 
     /// Counts one holder of `key`; where there is no room, the key takes the place of the one that came
-    /// first, whose holders are so no more ([`Held::is_current`]); `evicted` is told if one did.
+    /// first, whose holders are so no more ([`Held::is_current`]); `evicted` is told if one may have.
     ///
     /// # Errors
     /// Others took every place that was made.
@@ -101,7 +101,7 @@ impl Table {
             if held.as_ref().err() != Some(&TableError::Full) {
                 break;
             }
-            self.displace(hash, true, now);
+            self.displace(hash, now, |_| true);
             has_evicted = true;
             held = self.hold_hash(hash, u32::MAX, now);
         }
@@ -150,7 +150,9 @@ impl Table {
     /// the budget is spent. A key that finds no room takes the place of the one that is free soonest.
     pub fn spend(&self, key: impl Hash, price: u64, budget: u64, now: u64) -> bool {
         let hash = self.hasher.hash_one(key);
-        let entry = self.find_or_claim(hash, now).or_else(|| self.displace(hash, false, now));
+        let entry = self
+            .find_or_claim(hash, now)
+            .or_else(|| self.displace(hash, now, |word| word & COUNT_MASK == 0));
         let Some(entry) = entry else { return true };
         let spend = |until: u64| {
             let after = until.max(now) + price;
@@ -206,7 +208,7 @@ impl Table {
         if self.entries[entry].word.compare_exchange(word, claimed, AcqRel, Acquire).is_err() {
             return false;
         }
-        self.entries[entry].until.store(now, Relaxed);
+        self.entries[entry].until.store(now, Release);
         let twice = self.window(hash).any(|other| {
             other != entry
                 && self.entries[other].word.load(Acquire) >> KEY_SHIFT == fingerprint(hash)
@@ -222,14 +224,17 @@ impl Table {
         true
     }
 
-    /// Takes the entry whose time is the earliest, of those without holders or of all.
-    fn displace(&self, hash: u64, held_too: bool, now: u64) -> Option<usize> {
+    /// Takes the entry whose time is the earliest, of those that may be taken, unless the key has one.
+    fn displace(&self, hash: u64, now: u64, may_be_taken: impl Fn(u64) -> bool) -> Option<usize> {
         let taken = self.window(hash).filter_map(|entry| {
             let word = self.entries[entry].word.load(Acquire);
-            (held_too || word & COUNT_MASK == 0)
-                .then(|| (self.entries[entry].until.load(Acquire), entry, word))
+            may_be_taken(word).then(|| (self.entries[entry].until.load(Acquire), entry, word))
         });
         let (_, entry, word) = taken.min()?;
+        // It may have come meanwhile; whoever comes from here on changes the word.
+        if self.find(hash).is_some() {
+            return None;
+        }
         self.claim(entry, word, hash, now).then_some(entry)
     }
 }
@@ -247,7 +252,8 @@ impl Held {
 
 impl Drop for Held {
     fn drop(&mut self) {
-        let less = |word: u64| (word >> COUNT_BITS == self.turn).then(|| word - 1);
+        let is_ours = |word: u64| word >> COUNT_BITS == self.turn && word & COUNT_MASK > 0;
+        let less = |word: u64| is_ours(word).then(|| word - 1);
         let _ = self.word().fetch_update(AcqRel, Acquire, less);
     }
 }
@@ -325,6 +331,24 @@ mod tests {
         let (twice, has_evicted) = hold("b", 6);
         assert!(!has_evicted && again.is_current() && twice.is_current());
         assert_eq!((table.count("a"), table.count("b"), table.count("c")), (0, 2, 1));
+    }
+
+    /// However many come at once for one key, they take one place, and none takes it from another.
+    #[test]
+    fn many_that_come_for_one_key_take_one_place() {
+        for round in 1..2000 {
+            let table = Arc::new(Table::exact(2));
+            let oldest = table.hold_or_evict("oldest", 1, || ()).unwrap();
+            let newer = table.hold_or_evict("newer", 2, || ()).unwrap();
+            let held: Vec<Held> = std::thread::scope(|scope| {
+                let hold = || table.hold_or_evict("new", 3, || ()).unwrap();
+                let threads = [(); 3].map(|()| scope.spawn(hold));
+                threads.into_iter().map(|thread| thread.join().unwrap()).collect()
+            });
+            assert!(!oldest.is_current() && newer.is_current(), "round {round}");
+            assert!(held.iter().all(Held::is_current), "round {round}");
+            assert_eq!(table.count("new"), 3);
+        }
     }
 
     #[test]

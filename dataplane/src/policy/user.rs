@@ -143,27 +143,47 @@ impl UserUse {
     }
 
     /// Asks for a place for one more session from an address; `evicted` is told if another address of the
-    /// user had to give way, even if there is no place then: its sessions are to end.
+    /// user may have had to give way: its sessions are to end.
     ///
     /// # Errors
-    /// A limit is reached.
+    /// A limit is reached; nobody had to give way then.
     pub fn admit(
         self: &Arc<Self>,
         client: IpAddr,
         now: u64,
         evicted: impl FnOnce(),
     ) -> Result<Admission, AdmissionError> {
+        if !self.begin_session(now) {
+            return Err(AdmissionError::NewSessions);
+        }
+        let admitted = self.admit_beside(client, now, evicted);
+        if admitted.is_err() {
+            self.new_sessions.give_back(1);
+        }
+        admitted
+    }
+
+    fn admit_beside(
+        self: &Arc<Self>,
+        client: IpAddr,
+        now: u64,
+        evicted: impl FnOnce(),
+    ) -> Result<Admission, AdmissionError> {
+        let mut has_evicted = false;
         let device = match &*self.devices.load() {
-            Some(devices) => Some(self.hold_device(devices, client, now, evicted)?),
+            Some(devices) => Some(self.hold_device(devices, client, now, || has_evicted = true)?),
             None => None,
         };
-        let max = self.sessions_max.load(Relaxed);
+        // Those who give way are about to leave theirs.
+        let max = if has_evicted { u32::MAX } else { self.sessions_max.load(Relaxed) };
+        if has_evicted {
+            evicted();
+        }
         let more = |sessions: u32| (sessions < max).then_some(sessions + 1);
         if self.sessions.fetch_update(Relaxed, Relaxed, more).is_err() {
             return Err(AdmissionError::Sessions);
         }
-        let admission = Admission { user: self.clone(), device };
-        if self.begin_session(now) { Ok(admission) } else { Err(AdmissionError::NewSessions) }
+        Ok(Admission { user: self.clone(), device })
     }
 
     fn hold_device(
@@ -231,22 +251,26 @@ mod tests {
 
     #[test]
     fn the_oldest_device_gives_way() {
-        let limits = api::Limits {
+        let limits = || api::Limits {
             devices: Some(1),
             evict_oldest: true,
             sessions: Some(1),
             ..api::Limits::default()
         };
-        let user = with(limits);
-        let a = admit(&user, IpAddr::from([10, 0, 0, 1])).unwrap();
+        let user = with(limits());
+        let [one, other] = [1, 2].map(|last| IpAddr::from([10, 0, 0, last]));
+        let a = admit(&user, one).unwrap();
         let mut has_evicted = false;
-        let other = IpAddr::from([10, 0, 0, 2]);
-        // It is told to go although there is no session for the other yet.
-        let refused = user.admit(other, clock(), || has_evicted = true);
-        assert_eq!((refused.unwrap_err(), has_evicted), (AdmissionError::Sessions, true));
+        // It takes the session's place too, which is about to be free.
+        let b = user.admit(other, clock(), || has_evicted = true).unwrap();
+        assert!(has_evicted && b.device.as_ref().unwrap().is_current());
         assert!(!a.device.as_ref().unwrap().is_current());
         drop(a);
-        let b = admit(&user, other).unwrap();
+        assert_eq!(admit(&user, other).unwrap_err(), AdmissionError::Sessions);
+        // Who may not come now takes nobody's place.
+        user.apply(&api::Limits { new_sessions_per_second: Some(1), ..limits() });
+        assert!(user.begin_session(clock()));
+        assert_eq!(admit(&user, one).unwrap_err(), AdmissionError::NewSessions);
         assert!(b.device.as_ref().unwrap().is_current());
     }
 

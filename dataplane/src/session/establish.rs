@@ -31,8 +31,11 @@ impl Session {
             }
         }
         #[cfg(feature = "faults")]
-        if self.user().is_some_and(|user| &*user.name == "panic") {
-            panic!("a fault that a test asked for");
+        #[allow(clippy::disallowed_methods)]
+        match self.user().as_ref().map(|user| &*user.name) {
+            Some("panic") => panic!("a fault that a test asked for"),
+            Some("stall") => std::thread::sleep(std::time::Duration::from_secs(4)),
+            _ => {}
         }
         let started = Instant::now();
         let connect = self.worker.snapshot().settings.timeouts.connect;

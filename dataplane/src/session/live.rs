@@ -137,12 +137,9 @@ impl Live {
         self.exchanges.get()
     }
 
-    /// Why the session is to end, if it is.
-    pub fn judge(&self, snapshot: &Snapshot) -> Option<Cause> {
-        if self.device.borrow().upgrade().is_some_and(|device| !device.is_current()) {
-            return Some(Cause::Evicted);
-        }
-        (!self.is_allowed(snapshot)).then_some(Cause::Revoked)
+    /// Whether the client's address had to give way to another of its user.
+    pub fn is_evicted(&self) -> bool {
+        self.device.borrow().upgrade().is_some_and(|device| !device.is_current())
     }
 
     /// Whether a snapshot still allows what the session does. A session that has not connected yet will

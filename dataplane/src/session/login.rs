@@ -8,7 +8,7 @@ use culvert_rt::Signal;
 use super::{LoggedIn, Session};
 use crate::{
     end::{Cause, End, Stage},
-    policy::{AdmissionError, User, clock},
+    policy::{AdmissionError, User, Whose, clock},
     telemetry::LoginResult,
     worker::{LoginKey, Message},
 };
@@ -102,8 +102,15 @@ impl Session {
             }
             let _ = sender.send(Message::LoggedIn { key, right });
         });
-        let credential = user.map(|user| user.credential.clone());
-        let queued = shared.logins.verify(credential, credentials.password.clone(), reply);
+        let whose = match user {
+            Some(user) => Whose::User(user.credential.clone()),
+            None => {
+                let snapshot = worker.snapshot();
+                let alike = snapshot.directory.alike(&credentials.user);
+                Whose::Nobody(alike.map(|user| user.credential.clone()))
+            }
+        };
+        let queued = shared.logins.verify(whose, credentials.password.clone(), reply);
         if queued.is_err() {
             worker.forget_login(&key);
             shared.throttles.forgive(failures, client, &credentials.user);

@@ -2,8 +2,7 @@
 
 use std::{
     future::{Future, poll_fn},
-    io,
-    net::SocketAddr,
+    net::{IpAddr, SocketAddr},
     pin::Pin,
     task::Poll,
     time::Duration,
@@ -34,27 +33,25 @@ pub struct Dialled {
 /// Why no address answered: the cause of the last failure that says most.
 pub async fn dial(permit: &Permit) -> Result<Dialled, Cause> {
     let egress = permit.egress();
-    let options = |address: SocketAddr| ConnectOptions {
-        bind: egress.filter(|ip| ip.is_ipv4() == address.is_ipv4()),
-        mark: None,
-    };
     match permit.addresses() {
-        [address] => one(*address, options(*address)).await.map_err(|error| Cause::of_dial(&error)),
-        addresses => race(addresses, options).await,
+        [address] => one(*address, egress).await,
+        addresses => race(addresses, egress).await,
     }
 }
 
-async fn one(address: SocketAddr, options: ConnectOptions) -> io::Result<Dialled> {
-    let socket = connect(address, options).await?;
+/// Who leaves from an address of one family reaches none of the other.
+async fn one(address: SocketAddr, egress: Option<IpAddr>) -> Result<Dialled, Cause> {
+    if egress.is_some_and(|egress| egress.is_ipv4() != address.is_ipv4()) {
+        return Err(Cause::NetworkUnreachable);
+    }
+    let socket = connect(address, ConnectOptions { bind: egress, mark: None }).await;
+    let socket = socket.map_err(|error| Cause::of_dial(&error))?;
     Ok(Dialled { socket, address })
 }
 
-type Attempt = Pin<Box<dyn Future<Output = io::Result<Dialled>>>>;
+type Attempt = Pin<Box<dyn Future<Output = Result<Dialled, Cause>>>>;
 
-async fn race(
-    addresses: &[SocketAddr],
-    options: impl Fn(SocketAddr) -> ConnectOptions,
-) -> Result<Dialled, Cause> {
+async fn race(addresses: &[SocketAddr], egress: Option<IpAddr>) -> Result<Dialled, Cause> {
     let mut waiting = addresses.iter().copied();
     let mut under_way: Vec<Attempt> = Vec::new();
     let mut pause: Option<Pin<Box<dyn Future<Output = ()>>>> = None;
@@ -69,7 +66,7 @@ async fn race(
                     drop(under_way.remove(0));
                     failure = worse(failure, Cause::ConnectTimeout);
                 }
-                under_way.push(Box::pin(one(address, options(address))));
+                under_way.push(Box::pin(one(address, egress)));
                 pause = Some(sleep(ATTEMPT_DELAY));
             }
             if under_way.is_empty() {
@@ -80,9 +77,9 @@ async fn race(
             while index < under_way.len() {
                 match under_way[index].as_mut().poll(cx) {
                     Poll::Ready(Ok(dialled)) => return Poll::Ready(Ok(dialled)),
-                    Poll::Ready(Err(error)) => {
+                    Poll::Ready(Err(cause)) => {
                         drop(under_way.remove(index));
-                        failure = worse(failure, Cause::of_dial(&error));
+                        failure = worse(failure, cause);
                         failed = true;
                     }
                     Poll::Pending => index += 1,

@@ -2,16 +2,17 @@
 
 use std::{
     io::{Read, Write},
-    net::TcpStream,
+    net::{SocketAddr, TcpStream},
     sync::atomic::{AtomicBool, Ordering::Relaxed},
     thread,
     time::{Duration, Instant},
 };
 
+use base64::{Engine, prelude::BASE64_STANDARD};
 use culvert_proto::Target;
 
 use crate::support::{
-    HASH, PASSWORD, Setup, closed_port, echo, is_soak, named, ping, rounds, target_on,
+    HASH, PASSWORD, PATIENCE, Setup, closed_port, echo, is_soak, named, ping, rounds, target_on,
 };
 
 #[test]
@@ -212,6 +213,48 @@ fn new_sessions_and_source_addresses_are_limited() {
     assert_eq!(proxy.socks5(Some(("far", PASSWORD)), &target).err(), Some(255));
 }
 
+/// The address that came first gives way, whatever its sessions do, and nobody else.
+#[test]
+fn one_device_more_takes_the_oldest_ones_place() {
+    let limits = "limits = { devices = 2, evict_oldest = true }";
+    let proxy = Setup::new().user("ann", limits).user("bob", limits).start();
+    let target = echo();
+    let from = |last: u8, user: &str| -> TcpStream {
+        let socket = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None);
+        let socket = socket.unwrap();
+        socket.bind(&SocketAddr::from(([127, 0, 0, last], 0)).into()).unwrap();
+        socket.connect(&proxy.address.into()).unwrap();
+        let mut stream = TcpStream::from(socket);
+        stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        let login =
+            base64::Engine::encode(&base64::prelude::BASE64_STANDARD, format!("{user}:{PASSWORD}"));
+        let head = format!(
+            "CONNECT {target} HTTP/1.1\r\nHost: x\r\nProxy-Authorization: Basic {login}\r\n\r\n"
+        );
+        stream.write_all(head.as_bytes()).unwrap();
+        let mut answer = [0; 39];
+        stream.read_exact(&mut answer).unwrap();
+        assert!(answer.starts_with(b"HTTP/1.1 200 "), "{answer:?}");
+        stream
+    };
+    let mut oldest: Vec<TcpStream> = (0..8).map(|_| from(2, "ann")).collect();
+    let mut newer = from(3, "ann");
+    let mut bob = from(2, "bob");
+    let began = Instant::now();
+    let mut newest = from(4, "ann");
+    for stream in &mut oldest {
+        let error = stream.read(&mut [0]).unwrap_err();
+        assert_eq!(error.kind(), std::io::ErrorKind::ConnectionReset);
+    }
+    assert!(began.elapsed() < Duration::from_secs(1), "{:?}", began.elapsed());
+    for stream in [&mut newer, &mut newest, &mut bob] {
+        ping(stream).unwrap();
+    }
+    let records = proxy.await_records(8);
+    assert!(records.iter().all(|record| record["end"] == "evicted"));
+    assert_eq!(proxy.metric("culvert_sessions_active"), 3.0);
+}
+
 #[test]
 fn clients_are_admitted_by_address() {
     let mut proxy = Setup::new().start();
@@ -222,6 +265,119 @@ fn clients_are_admitted_by_address() {
     assert!(stream.read(&mut [0]).is_err());
     assert_eq!(proxy.connect().read(&mut [0; 1]).unwrap_or(0), 0);
     assert_eq!(proxy.metric("culvert_turned_away_total{reason=\"address\"}"), 1.0);
+}
+
+/// What a reload takes away from everybody at a door it takes from those who are inside.
+#[test]
+fn a_door_that_is_narrowed_ends_who_would_not_come_in() {
+    let mut proxy = Setup::new().user("ann", "").start();
+    let target = echo();
+    let (mut nobody, mut ann) = (proxy.tunnel(None, target), proxy.tunnel(Some("ann"), target));
+    proxy.reload(|_| Setup::new().listener("auth = ['password']").user("ann", ""));
+    assert!(nobody.read(&mut [0]).is_err(), "nobody is let in any more");
+    ping(&mut ann).unwrap();
+    assert_eq!(proxy.socks5(None, &Target::from(target)).err(), Some(254));
+    let far = "auth = ['password']\nallow = ['127.0.0.2/32']";
+    proxy.reload(|_| Setup::new().listener(far).user("ann", ""));
+    assert!(ann.read(&mut [0]).is_err(), "nobody comes from there any more");
+    assert_eq!(proxy.connect().read(&mut [0; 1]).unwrap_or(0), 0);
+}
+
+/// What a new policy forbids by a rule, a port, an address of the client or of the target ends; what began while
+/// its rule's time lasted goes on.
+#[test]
+fn whatever_a_new_policy_forbids_it_ends() {
+    let (target, other) = (echo(), echo());
+    let allowed = "allow_internal = ['127.0.0.0/8', '::1/128']\n";
+    let of =
+        |keys: &str, user: &str| Setup::new().policy(&format!("{allowed}{keys}")).user("ann", user);
+    let mut proxy = of("", "").start();
+    let port = target.port();
+    let rule = |when: &str, action: &str| {
+        format!("[[policy.rule]]\nname = 'r'\nwhen = {{ {when} }}\naction = '{action}'\n")
+    };
+    let all_day = "time = ['00:00-23:59', '23:59-00:00'], port = [1]";
+    let changes = [
+        (of(&format!("deny_ports = [{port}]"), ""), true),
+        (of("", "limits = { source_addresses = ['10.0.0.0/8'] }"), true),
+        (of("default = 'deny'", ""), true),
+        (Setup::new().policy("").user("ann", ""), true),
+        (of("", "").and(&rule(&format!("port = [{port}]"), "deny")), true),
+        (of("", "").and(&rule("user = ['ann']", "deny")), true),
+        (of(&format!("deny_ports = [{}]", other.port()), ""), false),
+        (of("", "").and(&rule(all_day, "deny")), false),
+    ];
+    for (number, (change, ends)) in changes.into_iter().enumerate() {
+        let mut stream = proxy.tunnel(Some("ann"), target);
+        proxy.reload(|_| change);
+        if ends {
+            assert!(stream.read(&mut [0]).is_err(), "change {number}");
+        } else {
+            ping(&mut stream).unwrap();
+        }
+        proxy.reload(|_| of("", ""));
+    }
+}
+
+/// A node that is full lets nobody in who would not be let in otherwise.
+#[test]
+fn a_full_node_takes_no_wrong_password() {
+    let reached = std::sync::Arc::new(AtomicBool::new(false));
+    let seen = reached.clone();
+    let target = target_on("127.0.0.1:0", move |_| seen.store(true, Relaxed));
+    let proxy = Setup::new()
+        .with("[limits]\nsessions = 1\nsessions_per_address = 1000\nnew_sessions_per_second_per_address = 0")
+        .listener("auth = ['password']")
+        .user("ann", "")
+        .start();
+    let full = proxy.tunnel(Some("ann"), echo());
+    for password in [PASSWORD, "wrong"] {
+        assert_eq!(proxy.socks5(Some(("ann", password)), &Target::from(target)).err(), Some(1));
+        for method in ["CONNECT", "GET"] {
+            let login = BASE64_STANDARD.encode(format!("ann:{password}"));
+            let uri =
+                if method == "GET" { format!("http://{target}/") } else { target.to_string() };
+            let mut stream = proxy.connect();
+            write!(
+                stream,
+                "{method} {uri} HTTP/1.1\r\nHost: x\r\nProxy-Authorization: Basic {login}\r\n\r\n"
+            )
+            .unwrap();
+            let mut answer = String::new();
+            stream.read_to_string(&mut answer).unwrap();
+            assert!(answer.starts_with("HTTP/1.1 503 "), "{answer}");
+        }
+    }
+    drop(full);
+    proxy.await_metric("culvert_sessions_active", 0.0);
+    assert_eq!(proxy.socks5(Some(("ann", "wrong")), &Target::from(target)).err(), Some(255));
+    assert!(!reached.load(Relaxed));
+}
+
+#[test]
+fn a_session_leaves_from_its_users_address() {
+    let proxy = Setup::new().user("ann", "limits = { egress_address = '127.0.0.9' }").start();
+    let (sender, peers) = std::sync::mpsc::channel();
+    let serve = move |stream: TcpStream| sender.send(stream.peer_addr().unwrap().ip()).unwrap();
+    let (v4, v6) = (target_on("127.0.0.1:0", serve.clone()), target_on("[::1]:0", serve));
+    drop(proxy.tunnel(Some("ann"), v4));
+    assert_eq!(peers.recv().unwrap(), std::net::IpAddr::from([127, 0, 0, 9]));
+    // It has none of the other family, and does not leave from another's.
+    assert_eq!(proxy.socks5(Some(("ann", PASSWORD)), &Target::from(v6)).err(), Some(3));
+    assert!(proxy.socks5(None, &Target::from(v6)).is_ok());
+}
+
+#[test]
+fn new_sessions_of_the_node_and_of_an_address_are_limited() {
+    let target = Target::from(echo());
+    let served = |limits: &str| {
+        let proxy = Setup::new().with(&format!("[limits]\n{limits}")).start();
+        (0..20).filter(|_| proxy.socks5(None, &target).is_ok()).count()
+    };
+    let of_node = served("new_sessions_per_second = 5\nnew_sessions_per_second_per_address = 0");
+    let of_address = served("new_sessions_per_second_per_address = 5");
+    assert!((5..=8).contains(&of_node), "{of_node}");
+    assert!((5..=8).contains(&of_address), "{of_address}");
 }
 
 #[test]

@@ -196,8 +196,9 @@ fn thousands_of_sockets_become_readable_at_once() {
     let small =
         ["strace", "-f", "-qq", "--seccomp-bpf", "-o", "/dev/null", "-e", trace, "-e", inject];
     for wrapper in [&[][..], &small[..]] {
-        let proxy = Setup::new().through(wrapper).start();
-        let mut pairs = pairs(&proxy, rounds(1000, 4000));
+        let proxy = Setup::new().with("[node]\nworkers = 1").through(wrapper).start();
+        // The small ring has room for 2,048 completions.
+        let mut pairs = pairs(&proxy, rounds(1500, 4000));
         proxy.signal("-STOP");
         for (client, target) in &mut pairs {
             client.write_all(b"up").unwrap();
@@ -211,10 +212,10 @@ fn thousands_of_sockets_become_readable_at_once() {
             client.read_exact(&mut down).unwrap();
             assert_eq!((&up, &down), (b"up", b"down"));
         }
-        if wrapper.is_empty() && std::env::var("TEST_DRIVER").is_err() {
-            assert!(
-                proxy.admin("/metrics").1.contains("culvert_worker_cq_overflow{worker=\"0\"} 0")
-            );
+        if std::env::var("TEST_DRIVER").is_err() {
+            let metrics = proxy.admin("/metrics").1;
+            assert!(metrics.contains("driver=\"io_uring\"} 1"), "{metrics}");
+            assert!(metrics.contains("culvert_worker_cq_overflow{worker=\"0\"} 0"), "{metrics}");
         }
     }
 }
@@ -408,18 +409,30 @@ fn relays_of_vanished_peers_are_reaped() {
         .through(&namespace.wrapper())
         .start();
     let count = rounds(300, 1000);
-    let started = Instant::now();
     let script = r"
-import socket, sys
+import os, socket, sys, threading, time
 server = socket.create_server(('10.99.0.9', 7001), backlog=1000)
 kept = []
 for _ in range(int(sys.argv[2])):
     stream = socket.create_connection(('127.0.0.1', int(sys.argv[1])))
     stream.sendall(b'\5\1\0' + b'\5\1\0\1' + bytes([10, 99, 0, 9]) + (7001).to_bytes(2, 'big'))
     while len(stream.recv(12, socket.MSG_PEEK | socket.MSG_WAITALL)) < 12: pass
-    kept += [stream, server.accept()[0]]
-print('ready', flush=True)
-sys.stdin.read()
+    stream.recv(12)
+    kept.append((stream, server.accept()[0]))
+def speak():
+    for stream, target in kept:
+        try:
+            stream.send(b'up'); target.send(b'down')
+        except OSError: pass
+def stop(): sys.stdin.read(); os._exit(0)
+threading.Thread(target=stop).start()
+began = time.monotonic()
+while True:
+    speak()
+    if began and time.monotonic() - began > 5:
+        began = None
+        print('ready', flush=True)
+    time.sleep(0.5)
 ";
     let mut peers = namespace
         .command("python3")
@@ -430,16 +443,14 @@ sys.stdin.read()
         .unwrap();
     let mut ready = [0; 5];
     peers.stdout.as_mut().unwrap().read_exact(&mut ready).unwrap();
+    // They have spoken longer than they might have been silent.
+    assert!(proxy.records().is_empty());
     namespace.filter("tcp dport != 1 drop");
     let dropped = Instant::now();
     let records = proxy.await_records(count);
     let after = dropped.elapsed();
     assert!(records.iter().all(|record| record["end"] == "idle_timeout"));
-    assert!(after < Duration::from_secs(5), "{after:?}");
-    for record in &records {
-        let seconds = record["duration_ms"].as_f64().unwrap() / 1000.0;
-        assert!((1.0..5.0 + dropped.duration_since(started).as_secs_f64()).contains(&seconds));
-    }
+    assert!((1..=5).contains(&after.as_secs()), "{after:?}");
     drop(peers.stdin.take());
     peers.wait().unwrap();
 }
@@ -482,12 +493,13 @@ for number in range(int(sys.argv[2])):
     assert reply[3] == 0, reply
     times.append(time.monotonic() - began)
 times.sort()
-print(times[0] >= 0.2, times[len(times) * 99 // 100] <= 0.4, times[0], times[-1])
+print(times[0] >= 0.2, times[len(times) * int(sys.argv[3]) // 100] <= 0.4, times[0], times[-1])
 ";
     let before = proxy.descriptors();
     let output = namespace
         .command("python3")
-        .args(["-c", script, &proxy.address.port().to_string(), &rounds(10, 100).to_string()])
+        .args(["-c", script, &proxy.address.port().to_string()])
+        .args([rounds(10, 100).to_string(), rounds(50, 99).to_string()])
         .output()
         .unwrap();
     let said = String::from_utf8_lossy(&output.stdout).into_owned();
@@ -499,17 +511,23 @@ print(times[0] >= 0.2, times[len(times) * 99 // 100] <= 0.4, times[0], times[-1]
 /// RELIABILITY C5.
 #[test]
 fn no_mutation_of_a_file_brings_the_program_down() {
+    // The example's policy behind a node's own listener, which must stay where it is.
     let whole = include_str!("../../culvert.example.toml");
+    let (_, policy) = whole.split_once("\n[policy]").unwrap();
+    let mut proxy = Setup::new().user("ann", "").start();
+    let file = fs::read_to_string(proxy.folder().join("culvert.toml")).unwrap();
+    let (head, _) = file.split_once("[policy]").unwrap();
+    let own = format!("{head}[policy]{policy}");
     let mut state = 7u64;
     let mut random = |below: usize| {
         state =
             state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
         (state >> 33) as usize % below
     };
-    let mut mutation = || {
-        let mut bytes = whole.as_bytes().to_vec();
+    let mut mutation = |text: &str, from: usize| {
+        let mut bytes = text.as_bytes().to_vec();
         for _ in 0..1 + random(4) {
-            let at = random(bytes.len());
+            let at = (from + random(text.len() - from)).min(bytes.len() - 1);
             match random(4) {
                 0 => bytes.truncate(at.max(1)),
                 1 => bytes[at] = random(256) as u8,
@@ -522,22 +540,33 @@ fn no_mutation_of_a_file_brings_the_program_down() {
         }
         String::from_utf8_lossy(&bytes).into_owned()
     };
-    // Beside a policy that stays in force: in the end it is still there, and whoever uses it too.
-    let mut proxy = Setup::new().user("ann", "").start();
+    // A node takes what is right and refuses what is not; a session that nothing forbids goes on.
     let target = echo();
-    let mut running = proxy.tunnel(None, target);
-    let mut refused = 0;
-    let count = rounds(30, 1000);
+    let count = rounds(40, 1000);
+    let mut published = 0;
     for _ in 0..count {
-        // What listens elsewhere is refused, so that most of the file can be what it likes.
-        let line = proxy.rewrite(&mutation());
-        refused += usize::from(!line.contains("published"));
+        let line = proxy.rewrite(&mutation(&own, head.len()));
+        published += usize::from(line.contains("published"));
     }
-    assert_eq!((refused, proxy.metric("culvert_config_rejected_total")), (count, count as f64));
-    ping(&mut running).unwrap();
+    for text in [
+        String::new(),
+        head[..head.len() / 2].to_owned(),
+        format!("{own}\n{}", policy.repeat(10)),
+        format!("{file}\n[policy]\n"),
+        file.replace("[policy]", "[policy]\nversion = 99"),
+        format!("{file}\n[[policy.filter]]\ndomain_regex = ['(']\n"),
+        format!("{file}\n[[policy.user]]\nname = 'x'\nlimits = {{ up = nan }}\n"),
+    ] {
+        let line = proxy.rewrite(&text);
+        assert!(!line.contains("published"), "{text}");
+    }
+    let refused = proxy.metric("culvert_config_rejected_total");
+    assert_eq!(refused, (count - published + 7) as f64);
+    assert!((1..count).contains(&published), "{published} of {count}");
+    assert!(proxy.rewrite(&file).contains("published"));
     ping(&mut proxy.tunnel(Some("ann"), target)).unwrap();
     for _ in 0..1000 {
-        let text = mutation();
+        let text = mutation(whole, 0);
         for format in [culvert_api::config::Format::Toml, culvert_api::config::Format::Yaml] {
             let none: [(String, String); 0] = [];
             let _ = culvert::config::Config::parse(&text, format, none, &[]);

@@ -417,11 +417,12 @@ fn a_log_that_stalls_holds_nobody_up() {
     reads.store(false, Relaxed);
     let (stalled, cpu_stalled) = cpu_of(requests);
     assert!(proxy.metric("culvert_records_dropped_total") > 0.0, "nothing was dropped");
-    // More than noise would be the log that is waited for.
-    assert!(stalled / before > 0.7, "{stalled} of {before} requests a second");
+    // Beside other tests the time that passes says little; less than half would be the log's.
+    let bound = if is_soak() { 0.9 } else { 0.5 };
+    assert!(stalled / before > bound, "{stalled} of {before} requests a second");
     // Nor does it cost the node more than clocks that tick a hundred times a second can tell.
     let ratio = cpu_stalled / cpu_before;
-    assert!(ratio < if is_soak() { 1.01 } else { 1.1 }, "{ratio} of the CPU time a request");
+    assert!(ratio < if is_soak() { 1.01 } else { 1.5 }, "{ratio} of the CPU time a request");
 
     // The log goes on: all that was not dropped is written.
     reads.store(true, Relaxed);

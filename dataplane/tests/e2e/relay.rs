@@ -297,7 +297,7 @@ fn a_flow_cut_in_the_middle_is_never_counted_short() {
                     (proxy.tunnel(Some(user), target), listener.accept().unwrap().0)
                 })
                 .collect();
-            let got: Vec<(u64, u64)> = thread::scope(|scope| {
+            let moved: Vec<(u16, u64, u64)> = thread::scope(|scope| {
                 let flows: Vec<_> = flows
                     .iter()
                     .enumerate()
@@ -309,8 +309,14 @@ fn a_flow_cut_in_the_middle_is_never_counted_short() {
                             (upstream, client)
                         };
                         let part = &part;
-                        scope.spawn(move || while from.write_all(part).is_ok() {});
-                        (client, scope.spawn(move || read_all(to)))
+                        let writer = scope.spawn(move || {
+                            let mut written = 0;
+                            while let Ok(more) = from.write(part) {
+                                written += more as u64;
+                            }
+                            written
+                        });
+                        (client, writer, scope.spawn(move || read_all(to)))
                     })
                     .collect();
                 if end == "kicked" {
@@ -324,8 +330,9 @@ fn a_flow_cut_in_the_middle_is_never_counted_short() {
                     pause(Duration::from_millis(50));
                     proxy.signal("-TERM");
                 }
-                let flows = flows.into_iter().map(|(client, reader)| {
-                    (u64::from(client.local_addr().unwrap().port()), reader.join().unwrap())
+                let flows = flows.into_iter().map(|(client, writer, reader)| {
+                    let port = client.local_addr().unwrap().port();
+                    (port, writer.join().unwrap(), reader.join().unwrap())
                 });
                 flows.collect()
             });
@@ -337,7 +344,7 @@ fn a_flow_cut_in_the_middle_is_never_counted_short() {
                 }
                 _ => proxy.await_records(seen),
             };
-            for (number, (port, got)) in got.into_iter().enumerate() {
+            for (number, (port, written, got)) in moved.into_iter().enumerate() {
                 let client = format!("127.0.0.1:{port}");
                 // A port may have been used before.
                 let record =
@@ -345,9 +352,8 @@ fn a_flow_cut_in_the_middle_is_never_counted_short() {
                 let key = if number < FLOWS / 2 { "bytes_up" } else { "bytes_down" };
                 let counted = record[key].as_u64().unwrap();
                 assert_eq!(record["end"], end);
-                assert!(got > 0 && got <= counted, "{end}: {got} came, {counted} were counted");
-                // No more than two socket buffers hold.
-                assert!(counted - got <= 16 << 20, "{end}: {got} came, {counted} were counted");
+                let is_between = got > 0 && got <= counted && counted <= written;
+                assert!(is_between, "{end}: {written} left, {counted} counted, {got} came");
             }
         }
     }
@@ -427,11 +433,12 @@ fn the_nodes_rate_holds_over_all_users() {
 fn ten_flows_share_ten_megabit(proxy: &TestProxy, users: [&str; 2]) {
     let source = target(|mut stream| while stream.write_all(&[1; 64 * 1024]).is_ok() {});
     let time = Duration::from_secs(rounds(5, 10) as u64);
+    // One clock for all: what the last flow gets in a second of its own is not of the first.
+    let started = Instant::now();
     let flows: Vec<_> = (0..10)
         .map(|flow| {
             let mut stream = proxy.tunnel(Some(users[flow % 2]), source);
             thread::spawn(move || {
-                let started = Instant::now();
                 let (mut total, mut first, mut buffer) = (0, 0, vec![0; 64 * 1024]);
                 while started.elapsed() < time {
                     let read = stream.read(&mut buffer).unwrap() as u64;
@@ -440,15 +447,14 @@ fn ten_flows_share_ten_megabit(proxy: &TestProxy, users: [&str; 2]) {
                         first += read;
                     }
                 }
-                (total, first, (started, Instant::now()))
+                (total, first, Instant::now())
             })
         })
         .collect();
     let flows: Vec<_> = flows.into_iter().map(|flow| flow.join().unwrap()).collect();
-    // As long as it really took, from the first flow's begin to the last one's end.
-    let begun = flows.iter().map(|(.., (begun, _))| *begun).min().unwrap();
-    let ended = flows.iter().map(|(.., (_, ended))| *ended).max().unwrap();
-    let seconds = (ended - begun).as_secs_f64();
+    // As long as it really took, to the last one's end.
+    let ended = flows.iter().map(|(.., ended)| *ended).max().unwrap();
+    let seconds = (ended - started).as_secs_f64();
     let total: u64 = flows.iter().map(|(total, ..)| total).sum();
     let first: u64 = flows.iter().map(|(_, first, _)| first).sum();
     let rate = (total as f64 - 100_000.0) / seconds;

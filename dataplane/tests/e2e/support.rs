@@ -338,7 +338,9 @@ impl TestProxy {
         logs.filter(|entry| entry.file_name().to_string_lossy().starts_with("access.log"))
             .flat_map(|entry| {
                 let text = fs::read_to_string(entry.path()).unwrap();
-                text.lines().map(str::to_owned).collect::<Vec<_>>()
+                // What is being written is no line yet.
+                let whole = text.rfind('\n').map_or("", |end| &text[..end]);
+                whole.lines().map(str::to_owned).collect::<Vec<_>>()
             })
             .collect()
     }
