@@ -318,7 +318,7 @@ fn culvert_config(
     Ok(format!(
         "{node}[policy]\nallow_internal = ['127.0.0.0/8']\n\
          [[policy.user]]\nname = '{USER}'\npassword_hash = '{hash}'\n\
-         limits = {{ sessions = 100000, new_sessions_per_second = 1000000, devices = 64 }}\n\
+         limits = {{ up = '100Gbit/s', down = '100Gbit/s', sessions = 100000, new_sessions_per_second = 1000000, devices = 64 }}\n\
          [[policy.filter]]\ndomain_suffix = ['ads.example']\n\
          [[policy.rule]]\nname = 'perf'\nwhen = {{ user = ['{USER}'], cidr = ['127.0.0.0/8'] }}\n"
     ))

@@ -12,8 +12,8 @@ use base64::{Engine, prelude::BASE64_STANDARD as BASE64};
 use serde_json::{Value, json};
 
 use crate::support::{
-    Gate, Node, PASSWORD, Planes, await_cut, await_some, echo, on_each, on_server, pause, rounds,
-    web,
+    Gate, Node, PASSWORD, Planes, await_cut, await_some, echo, on_each, on_server, pause, ping,
+    rounds, web,
 };
 
 /// Moves bytes there and back in a session that ends in order; gives the bytes both ways.
@@ -272,9 +272,15 @@ fn a_spent_quota_ends_the_users_sessions_and_a_reset_gives_it_back() {
         transfer(&node, "ann", target, 400_000);
         let mut cut = node.tunnel("ann", target).unwrap();
         let _ = cut.write_all(&[7; 400_000]);
+        let bob = planes.user("bob", json!({}));
+        let mut others = await_some("tunnel", || node.tunnel("bob", target).ok());
         assert!(cut.read_to_end(&mut Vec::new()).is_err(), "what was cut does not look finished");
-        await_some("bytes", || (planes.used(&id) == 1_000_000).then_some(()));
+        let began = Instant::now();
         await_cut(&mut idle);
+        assert!(began.elapsed() < Duration::from_secs(1), "{:?}", began.elapsed());
+        await_some("bytes", || (planes.used(&id) == 1_000_000).then_some(()));
+        ping(&mut others).unwrap();
+        planes.must("DELETE", &format!("/users/{bob}"), Value::Null);
         await_some("refusal", || node.tunnel("ann", target).err());
         planes.must("POST", &format!("/users/{id}/usage/reset"), Value::Null);
         await_some("tunnel", || node.tunnel("ann", target).ok());

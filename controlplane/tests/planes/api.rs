@@ -1,7 +1,7 @@
 //! The API itself: who may what, and what it says of itself.
 
 use std::{
-    io::{BufRead, BufReader, Write},
+    io::{BufRead, BufReader, Read, Write},
     net::TcpStream,
     process::Command,
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
@@ -10,7 +10,10 @@ use std::{
 use base64::{Engine, prelude::BASE64_URL_SAFE_NO_PAD};
 use serde_json::{Value, json};
 
-use crate::support::{PASSWORD, Planes, await_some, echo, is_soak, on_each, ping};
+use crate::{
+    accounting::transfer,
+    support::{PASSWORD, Planes, await_some, echo, is_soak, on_each, ping},
+};
 
 /// Who may ask, whatever the answer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd)]
@@ -156,6 +159,78 @@ fn every_route_asks_who_calls() {
                 );
             }
         }
+    });
+}
+
+/// RELIABILITY H5: of what all may ask for, a user gets what is their own.
+#[test]
+fn a_user_sees_what_is_their_own() {
+    on_each(|planes| {
+        let (node, target) = (planes.node("edge"), echo());
+        // What a spreadsheet would take for a formula.
+        let names = ["ann", "=cmd"];
+        let ids = names.map(|name| planes.user(name, json!({})));
+        for name in names {
+            await_some("tunnel", || node.tunnel(name, target).ok());
+        }
+        for (name, size) in [("ann", 1000), ("=cmd", 70_000)] {
+            transfer(&node, name, target, size);
+        }
+        let mut held = names.map(|name| node.tunnel(name, target).unwrap());
+        held.iter_mut().for_each(|stream| ping(stream).unwrap());
+        let all = |path: &str| planes.must("GET", path, Value::Null);
+        await_some("all of it", || {
+            let logs = all("/logs/access?end=finished")["total"].as_u64().unwrap();
+            let used = ids.iter().all(|id| planes.used(id) > 2000);
+            (logs >= 4 && used && all("/online")["total"] == 2).then_some(())
+        });
+        let token = planes.login("ann", PASSWORD).unwrap();
+        for path in [
+            "/logs/access".to_owned(),
+            format!("/logs/access?user_id={}", ids[1]),
+            "/online".to_owned(),
+            format!("/online?user_id={}", ids[1]),
+        ] {
+            let (status, list) = planes.ask_as(&token, "GET", &path, None);
+            assert_eq!(status, 200, "{path}");
+            let items = list["items"].as_array().unwrap();
+            assert!(items.iter().all(|item| item["user_id"] == *ids[0]), "{path}: {list}");
+            assert_eq!(items.is_empty(), path.contains('?'), "{path}: {list}");
+        }
+        let export =
+            |token: &str| planes.raw(token, "GET", "/api/v1/logs/access/export.csv", None).1;
+        let csv = export(&token);
+        assert!(
+            csv.lines().count() > 1 && csv.lines().skip(1).all(|line| line.contains(",ann,")),
+            "{csv}"
+        );
+        let csv = export(&planes.token);
+        assert!(csv.contains(",'=cmd,") && !csv.contains(",=cmd"), "{csv}");
+        await_some("their sum", || {
+            let (_, summary) = planes.ask_as(&token, "GET", "/traffic/summary", None);
+            let total = &summary["total"];
+            let sum = total["up"].as_u64().unwrap() + total["down"].as_u64().unwrap();
+            (sum == planes.used(&ids[0])).then_some(())
+        });
+    });
+}
+
+/// RELIABILITY H3: who is another from now on has another token.
+#[test]
+fn a_token_ends_with_its_users_role_and_time() {
+    on_each(|planes| {
+        let id = planes.user("ann", json!({}));
+        let path = format!("/users/{id}");
+        for role in ["admin", "user"] {
+            let token = planes.login("ann", PASSWORD).unwrap();
+            assert_eq!(planes.ask_as(&token, "GET", "/auth/me", None).0, 200);
+            planes.must("PATCH", &path, json!({ "role": role }));
+            assert_eq!(planes.ask_as(&token, "GET", "/auth/me", None).0, 401, "{role}");
+        }
+        let token = planes.login("ann", PASSWORD).unwrap();
+        planes.must("PATCH", &path, json!({ "expires_at": "2026-01-01T00:00:00Z" }));
+        assert_eq!(planes.ask_as(&token, "GET", "/auth/me", None).0, 401);
+        assert_eq!(planes.login("ann", PASSWORD), Err(401));
     });
 }
 
@@ -539,6 +614,102 @@ fn every_change_is_in_the_audit_log() {
         let path = "/api/v1/logs/audit/export.csv?q=ann";
         let (status, csv) = planes.raw(&planes.token, "GET", path, None);
         assert_eq!((status, csv.lines().count()), (200, 3), "{csv}");
+    });
+}
+
+/// Whatever is changed, by whatever route, leaves a line that says who, from where and what.
+#[test]
+fn no_change_goes_without_a_line() {
+    on_each(|planes| {
+        let (node, target) = (planes.node("edge"), echo());
+        let ann = planes.user("ann", json!({ "limits": { "quota_bytes": 1 << 30 } }));
+        let nodes = planes.must("GET", "/proxy/nodes", Value::Null);
+        let edge = nodes["items"][0]["id"].as_str().unwrap().to_owned();
+        let mut held = await_some("tunnel", || node.tunnel("ann", target).ok());
+        let session = await_some("session", || {
+            let online = planes.must("GET", "/online", Value::Null);
+            Some(online["items"][0]["id"].as_str()?.to_owned())
+        });
+        let token = planes.login("ann", PASSWORD).unwrap();
+        let filter = json!({ "action": "deny", "kind": "domain", "value": "a.example" });
+        let rule = json!({ "name": "r", "action": "deny", "when": { "port": ["1"] } });
+        // With {} for what was made last.
+        let steps = [
+            ("POST", "/filters", filter.clone(), "filter.create"),
+            ("PUT", "/filters/{}", filter, "filter.update"),
+            ("DELETE", "/filters/{}", Value::Null, "filter.delete"),
+            (
+                "POST",
+                "/filters/import",
+                json!({ "action": "deny", "kind": "domain", "values": ["b.example"] }),
+                "filter.import",
+            ),
+            ("POST", "/whitelist", json!({ "cidr": "127.0.0.0/8" }), "whitelist.create"),
+            ("PUT", "/whitelist/{}", json!({ "cidr": "127.0.0.0/9" }), "whitelist.update"),
+            ("DELETE", "/whitelist/{}", Value::Null, "whitelist.delete"),
+            ("POST", "/rules", rule.clone(), "rule.create"),
+            ("PUT", "/rules/{}", rule, "rule.update"),
+            ("POST", "/rules/reorder", json!({ "ids": ["{}"] }), "rule.reorder"),
+            ("DELETE", "/rules/{}", Value::Null, "rule.delete"),
+            ("PATCH", "/settings", json!({ "deny_ports": [26] }), "settings.update"),
+            (
+                "POST",
+                "/traffic/limits",
+                json!({ "kind": "group", "subject": "staff", "up": 1000 }),
+                "limit.create",
+            ),
+            (
+                "PUT",
+                "/traffic/limits/{}",
+                json!({ "kind": "group", "subject": "staff", "up": 2000 }),
+                "limit.update",
+            ),
+            ("DELETE", "/traffic/limits/{}", Value::Null, "limit.delete"),
+            ("DELETE", &format!("/online/{session}"), Value::Null, "online.end_session"),
+            ("DELETE", &format!("/online/users/{ann}"), Value::Null, "online.end_user"),
+            ("POST", &format!("/users/{ann}/usage/reset"), Value::Null, "user.usage_reset"),
+            (
+                "POST",
+                &format!("/users/{ann}/password"),
+                json!({ "password": "another password" }),
+                "user.password",
+            ),
+            ("POST", &format!("/proxy/nodes/{edge}/drain"), Value::Null, "node.drain"),
+            ("POST", "/proxy/nodes", json!({ "name": "far" }), "node.add"),
+            ("POST", "/proxy/nodes/{}/identity", Value::Null, "node.identity"),
+            ("DELETE", "/proxy/nodes/{}", Value::Null, "node.revoke"),
+            ("DELETE", &format!("/users/{ann}"), Value::Null, "user.delete"),
+        ];
+        let lines = |action: &str| {
+            planes.must("GET", &format!("/logs/audit?action={action}&sort=-id"), Value::Null)
+        };
+        let mut made = String::new();
+        for (method, path, body, action) in steps {
+            let before = lines(action)["total"].as_u64().unwrap();
+            let path = path.replace("{}", &made);
+            let body = serde_json::from_str(&body.to_string().replace("{}", &made)).unwrap();
+            let answer = planes.must(method, &path, body);
+            if let Some(id) = answer["id"].as_str().or(answer["node"]["id"].as_str()) {
+                made = id.to_owned();
+            }
+            let log = lines(action);
+            assert_eq!(log["total"].as_u64(), Some(before + 1), "{method} {path}");
+            let line = &log["items"][0];
+            assert_eq!((&line["actor"], &line["address"]), (&json!("admin"), &json!("127.0.0.1")));
+            assert!(line["subject"].as_str().is_some(), "{line}");
+        }
+        assert!(held.read(&mut [0]).is_err());
+        // What a user does to what is their own is theirs.
+        assert_eq!(planes.ask_as(&token, "POST", "/auth/logout", None).0, 401, "the user is gone");
+        planes.user("bob", json!({}));
+        let token = planes.login("bob", PASSWORD).unwrap();
+        let change = json!({ "old_password": PASSWORD, "new_password": "another password" });
+        assert_eq!(planes.ask_as(&token, "POST", "/auth/password", Some(&change)).0, 204);
+        let token = planes.login("bob", "another password").unwrap();
+        assert_eq!(planes.ask_as(&token, "POST", "/auth/logout", None).0, 204);
+        for action in ["user.password", "auth.logout"] {
+            assert_eq!(lines(action)["items"][0]["actor"], "bob", "{action}");
+        }
     });
 }
 

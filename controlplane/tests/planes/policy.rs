@@ -139,6 +139,133 @@ fn a_node_serves_from_its_copy_without_the_control_plane() {
     });
 }
 
+/// RELIABILITY C7: what was revoked while a control plane was away is, within two seconds of its return; how
+/// old the policy is meanwhile is told.
+#[test]
+fn what_was_revoked_meanwhile_ends_with_the_return() {
+    on_server(|url, _| {
+        let mut first = Planes::start(Some(url));
+        let second = first.second();
+        let (node, target) = (first.node("edge"), echo());
+        let ids = ["ann", "bob", "cid"].map(|name| second.user(name, json!({})));
+        let mut streams = ["ann", "bob", "cid"]
+            .map(|name| await_some("tunnel", || node.tunnel(name, target).ok()));
+        assert_eq!(node.metric("culvert_snapshot_age_seconds"), 0.0);
+        first.control.kill();
+        second.must("PATCH", &format!("/users/{}", ids[0]), json!({ "status": "disabled" }));
+        second.must("DELETE", &format!("/users/{}", ids[1]), Value::Null);
+        await_some("age", || (node.metric("culvert_snapshot_age_seconds") > 0.5).then_some(()));
+        streams.iter_mut().for_each(|stream| ping(stream).unwrap());
+        first.restart_control();
+        let began = Instant::now();
+        let [ann, bob, cid] = &mut streams;
+        await_cut(ann);
+        await_cut(bob);
+        assert!(began.elapsed() < Duration::from_secs(2), "{:?}", began.elapsed());
+        ping(cid).unwrap();
+        assert_eq!(node.metric("culvert_snapshot_age_seconds"), 0.0);
+        // The same by the other control plane, while both are there.
+        let began = Instant::now();
+        second.must("PATCH", &format!("/users/{}", ids[2]), json!({ "status": "disabled" }));
+        await_cut(cid);
+        assert!(began.elapsed() < Duration::from_secs(2), "{:?}", began.elapsed());
+    });
+}
+
+/// Every key of a policy that the API has means at a node what it says.
+#[test]
+fn what_the_api_says_nodes_do() {
+    on_each(|planes| {
+        let _node = planes.node("edge");
+        planes.user("ann", json!({ "groups": ["staff"] }));
+        planes.user("root", json!({ "role": "admin" }));
+        let question = |user: &str, client: &str, protocol: &str, target: &str| {
+            let mut body = json!({ "client": client, "protocol": protocol, "target": target });
+            if !user.is_empty() {
+                body["user"] = json!(user);
+            }
+            let said = planes.must("POST", "/rules/test", body);
+            (said["allowed"] == true, said["reason"].as_str().unwrap_or_default().to_owned())
+        };
+        let ask = |target: &str| question("ann", "192.0.2.7", "socks5", target);
+        let decides = |target: &str, allowed: bool, reason: &str| {
+            await_some(&format!("{target}: {allowed} {reason}"), || {
+                (ask(target) == (allowed, reason.to_owned())).then_some(())
+            });
+        };
+        let make = |path: &str, body: Value| {
+            planes.must("POST", path, body)["id"].as_str().unwrap().to_owned()
+        };
+        decides("9.9.9.9:443", true, "");
+        planes.must("PATCH", "/settings", json!({ "default_policy": "deny", "deny_ports": [26] }));
+        decides("9.9.9.9:443", false, "default");
+        decides("9.9.9.9:26", false, "port");
+        planes.must("PATCH", "/settings", json!({ "default_policy": "allow" }));
+        decides("9.9.9.9:443", true, "");
+
+        for (kind, value, hit, miss) in [
+            ("domain", "one.example", "one.example:1", "x.one.example:1"),
+            ("domain_suffix", "two.example", "x.two.example:1", "xtwo.example:1"),
+            ("domain_keyword", "three", "x3three3.example:1", "x3.example:1"),
+            ("domain_regex", "^four[0-9]+\\.example$", "four44.example:1", "fourx.example:1"),
+            ("cidr", "8.8.4.0/24", "8.8.4.4:1", "8.8.8.8:1"),
+        ] {
+            let body = json!({ "action": "deny", "kind": kind, "value": value });
+            let id = make("/filters", body.clone());
+            decides(hit, false, "filter");
+            assert_ne!(ask(miss).1, "filter", "{kind}");
+            let path = format!("/filters/{id}");
+            let with = |key: &str, to: Value| {
+                let mut body = body.clone();
+                body[key] = to;
+                planes.must("PUT", &path, body);
+            };
+            with("enabled", json!(false));
+            await_some(kind, || (ask(hit).1 != "filter").then_some(()));
+            with("ports", json!(["1", "7-9"]));
+            decides(hit, false, "filter");
+            assert_ne!(ask(&hit.replace(":1", ":2")).1, "filter", "{kind}");
+            // The white list exempts.
+            let white =
+                make("/filters", json!({ "action": "allow", "kind": kind, "value": value }));
+            await_some(kind, || (ask(hit).1 != "filter").then_some(()));
+            planes.must("DELETE", &format!("/filters/{white}"), Value::Null);
+            planes.must("DELETE", &path, Value::Null);
+        }
+
+        let deciding = |when: Value, hit: [&str; 4], miss: [&str; 4]| {
+            let name = when.to_string();
+            let rule = json!({ "name": "r", "action": "deny", "when": when });
+            let path = format!("/rules/{}", make("/rules", rule.clone()));
+            let of = |asked: [&str; 4]| question(asked[0], asked[1], asked[2], asked[3]).1;
+            await_some(&name, || (of(hit) == "rule").then_some(()));
+            assert_ne!(of(miss), "rule", "{name}");
+            let mut rule = rule;
+            rule["enabled"] = json!(false);
+            planes.must("PUT", &path, rule);
+            await_some(&name, || (of(hit) != "rule").then_some(()));
+            planes.must("DELETE", &path, Value::Null);
+        };
+        let asked = ["ann", "192.0.2.7", "socks5", "9.9.9.9:443"];
+        let by = |at: usize, value: &'static str| {
+            let mut other = asked;
+            other[at] = value;
+            other
+        };
+        deciding(json!({ "user": ["ann"] }), asked, by(0, ""));
+        deciding(json!({ "group": ["staff"] }), asked, by(0, ""));
+        deciding(json!({ "client": ["192.0.2.0/24"] }), asked, by(1, "192.0.3.7"));
+        deciding(json!({ "protocol": ["socks5"] }), asked, by(2, "http"));
+        deciding(json!({ "port": ["440-450"] }), asked, by(3, "9.9.9.9:451"));
+        deciding(json!({ "cidr": ["9.9.9.0/24"] }), asked, by(3, "9.9.8.9:443"));
+        deciding(json!({ "domain": ["a.example"] }), by(3, "a.example:1"), by(3, "b.a.example:1"));
+
+        // Who runs the place does not use it, unless told so.
+        let said = |user: &str| question(user, "192.0.2.7", "socks5", "9.9.9.9:443");
+        assert_eq!(said("root"), (false, "user".into()));
+    });
+}
+
 #[test]
 fn two_control_planes_of_one_database_are_one() {
     on_server(|url, _| {

@@ -213,7 +213,7 @@ impl Pump<'_> {
                 Err(_) => return Err(self.source_failed()),
             };
             *way = self.next_way(*way, buffer.len(), buffer.capacity());
-            // A limit may have come while it waited.
+            // What has come is paid for before it goes on.
             let mut unpaid = buffer.len();
             while unpaid > 0 {
                 let allowance = self.context().allowance;
@@ -270,11 +270,9 @@ impl Pump<'_> {
         }
     }
 
-    /// Whether bytes pass as they are, and at any rate.
+    /// Whether bytes pass as they are.
     fn is_plain(&self) -> bool {
-        self.from.framing().is_none()
-            && self.to.framing().is_none()
-            && !self.context().allowance.has_rate(self.direction)
+        self.from.framing().is_none() && self.to.framing().is_none()
     }
 
     fn end_of_input(&self) -> Result<Flow, Cut> {
