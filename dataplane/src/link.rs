@@ -6,7 +6,7 @@
 mod copy;
 
 use std::{
-    collections::HashMap,
+    collections::{BTreeSet, HashMap, HashSet},
     io,
     path::{Path, PathBuf},
     sync::{
@@ -155,6 +155,15 @@ enum Gone {
     Silent,
     #[error("the node has ended")]
     Ended,
+}
+
+/// What was sent, on one connection, of what earlier boots left.
+#[derive(Default)]
+struct SentLeft {
+    /// The last record of each boot.
+    records: HashMap<u64, u64>,
+    /// Boots whose sums were sent.
+    sums: HashSet<u64>,
 }
 
 impl Follower {
@@ -327,7 +336,8 @@ impl Follower {
         // have lost what it acknowledged.
         lock(&self.sums).acknowledged.clear();
         lock(&self.leases).asked.values_mut().for_each(|due| *due = Instant::now());
-        self.send_left(peer).await?;
+        let mut sent_left = SentLeft::default();
+        self.send_left(peer, &mut sent_left).await?;
 
         let mut report = interval(REPORT);
         let mut beat = interval(HEARTBEAT);
@@ -373,6 +383,7 @@ impl Follower {
                         self.heard(node, peer, body).await?;
                         if is_room {
                             sent_record = self.send_records(peer, sent_record).await?;
+                            self.send_left(peer, &mut sent_left).await?;
                         }
                     }
                     None => {}
@@ -427,30 +438,45 @@ impl Follower {
         Ok(sent)
     }
 
-    /// What earlier boots left: records, those of sessions that were cut, and then the sums, with whose
-    /// acknowledgement all of it is safe.
-    async fn send_left(&self, peer: &mut Peer) -> Result<(), Gone> {
-        let boots: Vec<u64> = lock(&self.left).0.iter().map(|spool| spool.boot).collect();
-        for boot in boots {
-            let mut last = 0;
-            loop {
-                let records = {
-                    let left = lock(&self.left);
-                    let spool = left.0.iter().find(|spool| spool.boot == boot);
-                    spool.map_or(Ok(Vec::new()), |spool| spool.after(last, RECORDS))?
-                };
-                let Some(record) = records.last() else { break };
-                last = record.sequence;
-                peer.send(up::Body::Records(link::Records { boot, records })).await?;
-            }
-        }
-        let found: Vec<_> = {
-            let left = lock(&self.left);
-            left.1.iter().map(|found| (crashed(found), report_of(found))).collect()
+    /// Sends what earlier boots left, as far as there is room: records, those of sessions that were cut, and
+    /// then the sums, with whose acknowledgement all of it is safe.
+    async fn send_left(&self, peer: &mut Peer, sent: &mut SentLeft) -> Result<(), Gone> {
+        let boots: BTreeSet<u64> = {
+            let (spools, found) = &*lock(&self.left);
+            spools
+                .iter()
+                .map(|spool| spool.boot)
+                .chain(found.iter().map(|found| found.boot))
+                .collect()
         };
-        for (records, report) in found {
+        for boot in boots {
+            let last = sent.records.entry(boot).or_insert(0);
+            let is_all_sent = loop {
+                let records = {
+                    let (spools, _) = &*lock(&self.left);
+                    match spools.iter().find(|spool| spool.boot == boot) {
+                        Some(spool) if *last >= spool.acknowledged() + RECORDS_AHEAD => {
+                            break false;
+                        }
+                        Some(spool) => spool.after(*last, RECORDS)?,
+                        None => Vec::new(),
+                    }
+                };
+                let Some(record) = records.last() else { break true };
+                *last = record.sequence;
+                peer.send(up::Body::Records(link::Records { boot, records })).await?;
+            };
+            if !is_all_sent || !sent.sums.insert(boot) {
+                continue;
+            }
+            let found = {
+                let (_, found) = &*lock(&self.left);
+                let found = found.iter().find(|found| found.boot == boot);
+                found.map(|found| (crashed(found), report_of(found)))
+            };
+            let Some((records, report)) = found else { continue };
             for part in records.chunks(RECORDS) {
-                let records = link::Records { boot: report.boot, records: part.to_vec() };
+                let records = link::Records { boot, records: part.to_vec() };
                 peer.send(up::Body::Records(records)).await?;
             }
             peer.send(up::Body::Report(report)).await?;

@@ -17,7 +17,7 @@ use super::{
 use crate::{
     auth::{RefreshToken, check_password, hash_password, verify_password},
     store::{
-        Change,
+        Actor, Change,
         entity::{refresh, user},
         now,
     },
@@ -125,11 +125,28 @@ async fn login(
     from: extract::From,
     Body(login): Body<Login>,
 ) -> Result<Granted> {
+    let name = login.username.clone();
+    let granted = log_in(&app, &from, login).await;
+    let result = match &granted {
+        Ok(_) => "accepted",
+        Err(problem) if problem.status == 401 => "rejected",
+        Err(problem) if problem.status == 429 => "throttled",
+        Err(_) => return granted,
+    };
+    app.counts.logged_in(result);
+    // Those that are not looked at any more would fill the log.
+    if result != "throttled" {
+        tracing::info!(user = ?name, address = %from.0, result, "login to the API");
+    }
+    granted
+}
+
+async fn log_in(app: &App, from: &extract::From, login: Login) -> Result<Granted> {
     let wrong = || Problem::anonymous("wrong user name or password");
     if login.username.len() > 255 {
         return Err(wrong());
     }
-    throttle(&app, &from, &login.username)?;
+    throttle(app, from, &login.username)?;
     let found = user::Entity::find().filter(user::Column::Name.eq(&login.username));
     // MySQL passes over spaces at the end, which the throttle does not.
     let user = found.one(app.store.db()).await?.filter(|user| user.name == login.username);
@@ -138,11 +155,11 @@ async fn login(
         return Err(wrong());
     }
     let user = user.filter(is_active).ok_or_else(wrong)?;
-    if !super::totp::accept(&app, &user, login.totp.as_deref().unwrap_or_default()).await? {
+    if !super::totp::accept(app, &user, login.totp.as_deref().unwrap_or_default()).await? {
         return Err(Problem::anonymous("the second factor's code (totp) is missing or wrong"));
     }
     app.throttle.forgive(from.0, &login.username);
-    grant(&app, &user).await
+    grant(app, &user).await
 }
 
 /// Renew the access token by the cookie, which is replaced.
@@ -152,6 +169,7 @@ async fn login(
     responses((status = 200, body = Access), (status = 401, body = Problem), (status = 503, body = Problem)))]
 async fn renew(
     axum::extract::State(app): axum::extract::State<App>,
+    from: extract::From,
     headers: HeaderMap,
 ) -> Result<Granted> {
     let expired = || Problem::anonymous("log in again");
@@ -167,11 +185,17 @@ async fn renew(
         .await?;
     if turned.rows_affected == 0 {
         // Used before: stolen, or its answer was lost. Every token of the user is void.
+        let actor = Actor { name: "system:auth".into(), address: from.0.to_string() };
+        let edit = app.store.edit(actor).await?;
+        let Some(user) = user::Entity::find_by_id(token.user_id).one(edit.db()).await? else {
+            return Err(expired());
+        };
         user::Entity::update_many()
             .col_expr(user::Column::TokenEpoch, Expr::col(user::Column::TokenEpoch).add(1))
-            .filter(user::Column::Id.eq(token.user_id))
-            .exec(db)
+            .filter(user::Column::Id.eq(user.id))
+            .exec(edit.db())
             .await?;
+        edit.commit(Change::new("auth.token_reused", &user.name)).await?;
         return Err(expired());
     }
     let user = user::Entity::find_by_id(token.user_id).one(db).await?;

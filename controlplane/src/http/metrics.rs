@@ -14,9 +14,21 @@ use crate::store::now;
 pub struct Counts {
     /// Requests by the first figure of their status, from 1.
     requests: [AtomicU64; 5],
+    /// Logins by their result.
+    logins: [AtomicU64; LOGIN_RESULTS.len()],
 }
 
+/// How a login to the API ends.
+const LOGIN_RESULTS: [&str; 3] = ["accepted", "rejected", "throttled"];
+
 impl Counts {
+    /// Counts a login by its result.
+    pub(super) fn logged_in(&self, result: &str) {
+        if let Some(at) = LOGIN_RESULTS.iter().position(|known| *known == result) {
+            self.logins[at].fetch_add(1, Relaxed);
+        }
+    }
+
     pub(super) fn answered(&self, status: StatusCode) {
         if let Some(class) = self.requests.get(usize::from(status.as_u16() / 100).wrapping_sub(1)) {
             class.fetch_add(1, Relaxed);
@@ -52,6 +64,11 @@ pub(super) async fn metrics(
         for (class, count) in (1..).zip(&app.counts.requests) {
             let class = format!("{class}xx");
             counter!("culvert_control_requests_total", "status" => class)
+                .absolute(count.load(Relaxed));
+        }
+        describe_counter!("culvert_control_logins_total", "Logins to the API, by result");
+        for (result, count) in LOGIN_RESULTS.iter().zip(&app.counts.logins) {
+            counter!("culvert_control_logins_total", "result" => *result)
                 .absolute(count.load(Relaxed));
         }
         describe_counter!("culvert_control_records_total", "Access records stored here");

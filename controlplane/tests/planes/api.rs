@@ -297,6 +297,9 @@ fn a_refresh_token_is_good_once() {
         assert_eq!(post("refresh", "", "first", "none").0, 401);
         assert_eq!(status(&token), 401);
         assert_eq!(post("refresh", "", "third", "none").0, 401);
+        let log = planes.must("GET", "/logs/audit?action=auth.token_reused", Value::Null);
+        let line = &log["items"][0];
+        assert_eq!((&line["subject"], &line["address"]), (&json!("ann"), &json!("127.0.0.1")));
         assert_eq!(post("refresh", "", "none", "none").0, 401);
     });
 }
@@ -317,6 +320,8 @@ fn answers_are_guarded_and_counted() {
         for part in ["401", "x-content-type-options: nosniff", "cache-control: no-store"] {
             assert!(missing.contains(part), "{missing}");
         }
+        assert_eq!(planes.login("admin", "a wrong one"), Err(401));
+        planes.control.await_line("result=\"rejected\"");
         let _node = planes.node("edge");
         let metrics = await_some("a node", || {
             let metrics = curl("/metrics");
@@ -327,6 +332,8 @@ fn answers_are_guarded_and_counted() {
             "culvert_control_generation ",
             "culvert_control_requests_total{status=\"4xx\"} ",
             "culvert_control_records_total ",
+            "culvert_control_logins_total{result=\"accepted\"} 1",
+            "culvert_control_logins_total{result=\"rejected\"} 1",
             "culvert_control_build_info{version=",
         ] {
             assert!(metrics.contains(part), "no {part} in {metrics}");

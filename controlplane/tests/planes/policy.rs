@@ -2,6 +2,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    fs,
     io::{ErrorKind, Read, Write},
     net::TcpStream,
     process::Command,
@@ -10,6 +11,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use culvert_api::link::{self, encode};
 use serde_json::{Value, json};
 
 use crate::support::{
@@ -509,6 +511,40 @@ fn a_large_policy_and_many_records_pass_each_other() {
         await_some("records in the database", || {
             let logs = planes.must("GET", &format!("/logs/access?user_id={id}"), Value::Null);
             (logs["total"] == 1501).then_some(())
+        });
+    });
+}
+
+/// However much a node has to tell of boots before, what it is told meanwhile is in force at once.
+#[test]
+fn a_node_that_catches_up_follows_meanwhile() {
+    on_each(|planes| {
+        let count = rounds(40_000, 400_000) as u64;
+        let (boot, dir) = (0xb007, planes.folder.path().join("edge"));
+        fs::create_dir_all(&dir).unwrap();
+        let mut spool = Vec::new();
+        for sequence in 1..=count {
+            let record = json!({ "time": "2026-11-01T00:00:00Z", "client": "192.0.2.1:7", "end": "finished",
+                "target": "left.example:80", "bytes_up": 1, "bytes_down": 2, "padding": "x".repeat(200) });
+            let json = record.to_string().into_bytes();
+            encode(&link::Record { sequence, json, user: 0 }, &mut spool);
+        }
+        fs::write(dir.join(format!("records-{boot:016x}")), spool).unwrap();
+        let logs = || {
+            let log =
+                planes.must("GET", "/logs/access?target=left.example&page_size=1", Value::Null);
+            log["total"].as_u64().unwrap()
+        };
+        let (node, target) = (planes.node("edge"), echo());
+        let began = Instant::now();
+        planes.user("ann", json!({}));
+        let mut stream = await_some("tunnel", || node.tunnel("ann", target).ok());
+        assert!(began.elapsed() < Duration::from_secs(1), "{:?}", began.elapsed());
+        ping(&mut stream).unwrap();
+        assert!(logs() < count, "it had caught up before");
+        await_some("all that was left", || (logs() == count).then_some(()));
+        await_some("an empty folder", || {
+            (!dir.join(format!("records-{boot:016x}")).exists()).then_some(())
         });
     });
 }
