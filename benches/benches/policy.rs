@@ -72,7 +72,7 @@ fn filters(c: &mut Criterion) {
 }
 
 fn rules(c: &mut Criterion) {
-    for count in [10, 1_000] {
+    for count in [10, 1_000, 10_000] {
         let rule = (0..count)
             .map(|i| Rule {
                 name: format!("rule{i}"),

@@ -8,6 +8,7 @@ mod authorize;
 mod bucket;
 mod compile;
 mod credential;
+mod index;
 mod internal;
 mod login;
 mod snapshot;

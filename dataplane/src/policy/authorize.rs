@@ -290,24 +290,17 @@ impl Snapshot {
             Match::NeedsAddress => return Verdict::NeedsAddress,
             Match::No => {}
         }
-        let local = OnceCell::new();
-        let local = || *local.get_or_init(|| self.matchers.local(query.at));
-        for rule in &self.matchers.rules {
-            match rule.matches(query, address, &local) {
-                Match::No => {}
-                Match::NeedsAddress => return Verdict::NeedsAddress,
-                Match::Yes => {
-                    return match &rule.action {
-                        Action::Allow(upstream) => Verdict::Allow(Some(rule), upstream),
-                        Action::Deny => Verdict::Deny(Denial::Rule(rule.name.clone())),
-                        Action::Redirect(to, upstream) => Verdict::Redirect(rule, to, upstream),
-                    };
-                }
-            }
-        }
-        match self.matchers.default {
-            Access::Allow => Verdict::Allow(None, &self.matchers.direct),
-            Access::Deny => Verdict::Deny(Denial::Default),
+        match self.matchers.first_rule(query, address) {
+            Some((_, Match::NeedsAddress)) => Verdict::NeedsAddress,
+            Some((rule, _)) => match &rule.action {
+                Action::Allow(upstream) => Verdict::Allow(Some(rule), upstream),
+                Action::Deny => Verdict::Deny(Denial::Rule(rule.name.clone())),
+                Action::Redirect(to, upstream) => Verdict::Redirect(rule, to, upstream),
+            },
+            None => match self.matchers.default {
+                Access::Allow => Verdict::Allow(None, &self.matchers.direct),
+                Access::Deny => Verdict::Deny(Denial::Default),
+            },
         }
     }
 
@@ -344,6 +337,23 @@ fn in_lists(lists: &[(Ports, TargetSet)], target: &Target, address: Option<IpAdd
 }
 
 impl Matchers {
+    /// The first rule that matches, or that may once the name is resolved.
+    fn first_rule(&self, query: Query<'_>, address: Option<IpAddr>) -> Option<(&Rule, Match)> {
+        let local = OnceCell::new();
+        let local = || *local.get_or_init(|| self.local(query.at));
+        let judged = |rule: &'_ Rule| match rule.matches(query, address, &local) {
+            Match::No => None,
+            other => Some(other),
+        };
+        match &self.index {
+            None => self.rules.iter().find_map(|rule| Some((rule, judged(rule)?))),
+            Some(index) => index
+                .candidates(query, address)
+                .map(|number| &self.rules[number])
+                .find_map(|rule| Some((rule, judged(rule)?))),
+        }
+    }
+
     /// The day of the week and the minute of the day, in the policy's zone.
     fn local(&self, at: i64) -> (Weekday, u16) {
         let local = Timestamp::from_second(at).unwrap_or_default().to_zoned(self.zone.clone());
@@ -354,7 +364,7 @@ impl Matchers {
 }
 
 impl Rule {
-    fn matches(
+    pub(super) fn matches(
         &self,
         query: Query<'_>,
         address: Option<IpAddr>,

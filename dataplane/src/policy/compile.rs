@@ -12,6 +12,7 @@ use jiff::tz::TimeZone;
 use super::{
     Credential, Directory, NetSet, OwnAddresses, Ports, Snapshot, TargetLists, TargetSet, Upstream,
     User, UserId, UserUse,
+    index::RuleIndex,
     snapshot::{Action, Alive, Matchers, Rule, SHARDS, Shard, shard_of},
 };
 use crate::settings::Settings;
@@ -117,6 +118,8 @@ impl Compiler {
             })
             .collect();
         let rules = policy.rule.iter().enumerate();
+        let rules: Box<[Rule]> =
+            rules.map(|(i, rule)| self.rule(i, rule, &upstreams, &direct)).collect();
         Arc::new(Matchers {
             fingerprint,
             default: policy.default,
@@ -126,7 +129,8 @@ impl Compiler {
             allow_internal: NetSet::new(policy.allow_internal.clone()),
             black: self.filters(policy, Access::Deny),
             white: self.filters(policy, Access::Allow),
-            rules: rules.map(|(i, rule)| self.rule(i, rule, &upstreams, &direct)).collect(),
+            index: RuleIndex::new(&rules),
+            rules,
             zone: self.zone(policy),
             direct,
         })

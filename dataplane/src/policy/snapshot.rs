@@ -13,7 +13,7 @@ use culvert_api::policy::{Access, Hours, RuleAction, Weekday};
 use culvert_proto::{Protocol, Target};
 use jiff::tz::TimeZone;
 
-use super::{NetSet, Ports, TargetSet, User};
+use super::{NetSet, Ports, TargetSet, User, index::RuleIndex};
 use crate::settings::Settings;
 
 /// Snapshots in memory.
@@ -74,6 +74,8 @@ pub(super) struct Matchers {
     pub(super) black: Box<[(Ports, TargetSet)]>,
     pub(super) white: Box<[(Ports, TargetSet)]>,
     pub(super) rules: Box<[Rule]>,
+    /// Which of them can match, if they are many.
+    pub(super) index: Option<RuleIndex>,
     /// The zone of their times.
     pub(super) zone: TimeZone,
     pub(super) direct: Arc<Upstream>,

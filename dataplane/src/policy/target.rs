@@ -139,6 +139,21 @@ impl TargetSet {
         }
     }
 
+    /// Whether a target is in the set by its names or networks alone.
+    pub(super) fn is_listed(&self) -> bool {
+        self.keywords.is_none() && self.patterns.is_none()
+    }
+
+    /// The names of the set, exact ones and those with all below them.
+    pub(super) fn names(&self) -> impl Iterator<Item = &str> {
+        self.exact.iter().chain(self.suffix.iter())
+    }
+
+    /// The networks of the set.
+    pub(super) fn nets(&self) -> impl Iterator<Item = IpNet> {
+        self.nets.iter()
+    }
+
     fn matches_name(&self, name: &str) -> bool {
         self.exact.contains(name)
             || self.suffix.contains_parent_of(name)
@@ -178,6 +193,13 @@ impl Names {
 
     fn is_empty(&self) -> bool {
         matches!(self, Self::Few(names) if names.is_empty())
+    }
+
+    fn iter(&self) -> Box<dyn Iterator<Item = &str> + '_> {
+        match self {
+            Self::Few(names) => Box::new(names.iter().map(|name| &**name)),
+            Self::Many(names) => Box::new(names.iter().map(|name| &**name)),
+        }
     }
 
     fn contains(&self, name: &str) -> bool {
@@ -229,6 +251,13 @@ impl NetSet {
     /// Whether nothing is in the set.
     pub fn is_empty(&self) -> bool {
         matches!(self, Self::Few(nets) if nets.is_empty())
+    }
+
+    fn iter(&self) -> Box<dyn Iterator<Item = IpNet> + '_> {
+        match self {
+            Self::Few(nets) => Box::new(nets.iter().copied()),
+            Self::Many(nets) => Box::new(nets.iter()),
+        }
     }
 
     /// Whether an address (in canonical form) is in the set.

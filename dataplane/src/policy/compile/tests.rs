@@ -448,3 +448,54 @@ fn rules_hold_at_their_times() {
     let problems = compiled("timezone = 'Moon/Crater'\n", None).unwrap_err();
     assert!(problems[0].to_string().contains("no zone `Moon/Crater`"), "{problems:?}");
 }
+
+proptest::proptest! {
+    /// Whatever the rules, an index leaves out none that matches.
+    #[test]
+    fn an_index_decides_as_the_rules_do(seed: u64) {
+        let mut state = seed;
+        let mut random = |below: usize| {
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+            (state >> 33) as usize % below
+        };
+        let names = ["a.example", "b.a.example", "example", "c.b.a.example", "other.test"];
+        let nets = ["10.0.0.0/8", "10.1.0.0/16", "0.0.0.0/0", "2001:db8::/32", "10.1.2.3/32"];
+        let mut text = String::new();
+        for user in 0..3 {
+            text += &format!("[[user]]\nname = 'u{user}'\npassword_hash = '$HASH'\ngroups = ['g{}']\n", random(3));
+        }
+        for rule in 0..60 {
+            let mut when = Vec::new();
+            for (key, choices) in [
+                ("domain", &names), ("domain_suffix", &names), ("cidr", &nets),
+                ("domain_keyword", &["ex", "oth", "b.a", "zzz", "test"]),
+                ("user", &["u0", "u1", "u2", "u3", "u0"]), ("group", &["g0", "g1", "g2", "g3", "g0"]),
+                ("port", &["1", "2", "1-3", "4", "5"]),
+            ] {
+                if random(4) == 0 {
+                    let (one, two) = (choices[random(5)], choices[random(5)]);
+                    when.push(format!("{key} = ['{one}', '{two}']"));
+                }
+            }
+            text += &format!("[[rule]]\nname = 'r{rule}'\naction = 'deny'\nwhen = {{ {} }}\n", when.join(", "));
+        }
+        let snapshot = compiled(&text, None).unwrap();
+        let (rules, index) = (&snapshot.matchers.rules, snapshot.matchers.index.as_ref().unwrap());
+        let addresses = [None, Some("10.1.2.3"), Some("10.9.9.9"), Some("2001:db8::1"), Some("8.8.8.8")];
+        for target in ["b.a.example:1", "a.example:2", "x.example:4", "other.test:5", "far.far:1", "10.1.2.3:1"] {
+            let target = Target::parse(target.as_bytes()).unwrap();
+            for address in addresses {
+                for user in [None, Some("u0"), Some("u1"), Some("u2")] {
+                    let user = user.and_then(|name| snapshot.directory.find(name.as_bytes()));
+                    let client = [198, 51, 100, 7].into();
+                    let query = Query { user, client, protocol: Protocol::Socks5, target: &target, at: NOW };
+                    let address = address.map(|address| address.parse().unwrap());
+                    let judged = |rule: usize| rules[rule].matches(query, address, &|| unreachable!());
+                    let first = (0..rules.len()).find(|rule| judged(*rule) != Match::No);
+                    let found = index.candidates(query, address).find(|rule| judged(*rule) != Match::No);
+                    proptest::prop_assert_eq!(first, found);
+                }
+            }
+        }
+    }
+}
