@@ -5,6 +5,7 @@ use std::{
     fs,
     io::{ErrorKind, Read, Write},
     net::TcpStream,
+    os::unix::fs::PermissionsExt,
     process::Command,
     sync::atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed},
     thread,
@@ -547,6 +548,50 @@ fn a_node_that_catches_up_follows_meanwhile() {
             (!dir.join(format!("records-{boot:016x}")).exists()).then_some(())
         });
     });
+}
+
+/// Who may be a node on this host: whom the socket's mode lets in and, if they are listed, the list too.
+#[test]
+fn the_links_socket_knows_who_comes() {
+    let mut planes = Planes::start(None);
+    let socket = planes.state().join("control.sock");
+    let mode = fs::metadata(&socket).unwrap().permissions().mode();
+    assert_eq!(mode & 0o777, 0o660);
+    // The way to it, for others than its owner.
+    for folder in [planes.folder.path(), &planes.state()] {
+        fs::set_permissions(folder, fs::Permissions::from_mode(0o755)).unwrap();
+    }
+    // Says what is no hello, and waits for what comes of it.
+    let script = "import socket, sys; s = socket.socket(socket.AF_UNIX); s.settimeout(1)
+try: s.connect(sys.argv[1])
+except PermissionError: print('forbidden'); sys.exit()
+try: print('closed' if s.recv(1) == b'' else 'said')
+except TimeoutError: print('heard')";
+    let come = |uid: &str, gid: &str| {
+        let mut command = Command::new("setpriv");
+        command.args([
+            "--reuid",
+            uid,
+            "--regid",
+            gid,
+            "--clear-groups",
+            "/usr/bin/python3",
+            "-c",
+            script,
+        ]);
+        let output = command.arg(&socket).output().unwrap();
+        String::from_utf8(output.stdout).unwrap().trim().to_owned()
+    };
+    let (nobody, root) = ("65534", "0");
+    assert_eq!((&*come(nobody, nobody), &*come(nobody, root)), ("forbidden", "heard"));
+    let config = planes.folder.path().join("control.toml");
+    let text = fs::read_to_string(&config).unwrap();
+    fs::write(&config, text.replace("[link]\n", "[link]\nallow_uids = [65533]\n")).unwrap();
+    planes.control.terminate();
+    planes.restart_control();
+    fs::set_permissions(planes.state(), fs::Permissions::from_mode(0o755)).unwrap();
+    assert_eq!((&*come(nobody, root), &*come("65533", root)), ("closed", "heard"));
+    planes.control.await_line("not in link.allow_uids");
 }
 
 #[test]

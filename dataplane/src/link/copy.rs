@@ -227,3 +227,88 @@ fn user(user: &User) -> api::User {
         },
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn named(id: u64, name: &str) -> User {
+        User { id, name: name.into(), ..User::default() }
+    }
+
+    fn delta(base: u64, upsert: User, deletes: &[u64]) -> Delta {
+        let (upserts, deletes) = (vec![upsert], deletes.to_vec());
+        Delta { base, generation: base + 1, upserts, deletes, ..Delta::default() }
+    }
+
+    fn follow(copy: &mut Copy, delta: Delta) {
+        let change = copy.part(delta).unwrap();
+        let appended = copy.apply(change);
+        copy.keep(appended.as_deref()).unwrap();
+    }
+
+    fn names(copy: &Copy) -> Vec<&str> {
+        copy.users.values().map(|user| &*user.name).collect()
+    }
+
+    /// A copy of three users, of which one came, one went and one was renamed after the whole.
+    fn written(dir: &Path) -> Copy {
+        let mut copy = Copy::open(dir).unwrap();
+        let users = vec![named(1, "ann"), named(2, "bob")];
+        let whole = Snapshot { generation: 7, policy: b"{}".to_vec(), users };
+        let change = copy.whole(whole).unwrap();
+        let appended = copy.apply(change);
+        copy.keep(appended.as_deref()).unwrap();
+        follow(&mut copy, delta(7, named(3, "cid"), &[]));
+        follow(&mut copy, delta(8, named(1, "anna"), &[2]));
+        copy
+    }
+
+    #[test]
+    fn a_copy_is_read_as_it_was_left() {
+        use std::os::unix::fs::PermissionsExt;
+
+        let folder = tempfile::tempdir().unwrap();
+        let copy = written(folder.path());
+        let read = Copy::open(folder.path()).unwrap();
+        assert_eq!((read.generation, names(&read)), (9, vec!["anna", "cid"]));
+        assert_eq!(names(&copy), names(&read));
+        // It has everybody's hashes.
+        let mode = std::fs::metadata(folder.path().join("snapshot")).unwrap().permissions().mode();
+        assert_eq!(mode & 0o777, 0o600);
+        assert!(copy.part(delta(7, named(4, "dan"), &[])).is_err(), "of another generation");
+    }
+
+    /// Wherever a process was killed while it wrote: what was whole before counts.
+    #[test]
+    fn a_torn_copy_is_read_as_far_as_it_is_whole() {
+        let folder = tempfile::tempdir().unwrap();
+        written(folder.path());
+        let file = folder.path().join("snapshot");
+        let bytes = std::fs::read(&file).unwrap();
+        let mut seen = std::collections::BTreeSet::new();
+        for length in 0..=bytes.len() {
+            std::fs::write(&file, &bytes[..length]).unwrap();
+            let mut copy = Copy::open(folder.path()).unwrap();
+            seen.insert(copy.generation);
+            let expected = match copy.generation {
+                0 => vec![],
+                7 => vec!["ann", "bob"],
+                8 => vec!["ann", "bob", "cid"],
+                9 => vec!["anna", "cid"],
+                other => panic!("{other}"),
+            };
+            assert_eq!(names(&copy), expected);
+            // The next change writes all of it anew, whatever the file ends with.
+            if copy.generation == 8 {
+                follow(&mut copy, delta(8, named(5, "eve"), &[]));
+                let read = Copy::open(folder.path()).unwrap();
+                assert_eq!((read.generation, names(&read)), (9, vec!["ann", "bob", "cid", "eve"]));
+            }
+        }
+        assert_eq!(seen.into_iter().collect::<Vec<_>>(), [0, 7, 8, 9]);
+        // Noise is no policy.
+        std::fs::write(&file, [0xff; 4096]).unwrap();
+        assert_eq!(Copy::open(folder.path()).unwrap().generation, 0);
+    }
+}

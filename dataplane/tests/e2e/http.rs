@@ -4,6 +4,7 @@ use std::{
     io::{BufRead, BufReader, Read, Write},
     net::{SocketAddr, TcpStream},
     sync::{Arc, Mutex},
+    time::{Duration, Instant},
 };
 
 use crate::support::{Setup, TestProxy, closed_port, echo, ping, target};
@@ -110,6 +111,45 @@ fn a_login_is_asked_for_and_the_connection_kept() {
     let requests = requests.lock().unwrap();
     assert_eq!(requests.len(), 1);
     assert!(!requests[0].to_ascii_lowercase().contains("proxy-"), "{}", requests[0]);
+}
+
+/// Between two requests the idle deadline holds, within a head the handshake's, however it drips.
+#[test]
+fn deadlines_hold_for_connections_that_are_kept() {
+    let target = server(Arc::default());
+    let proxy =
+        Setup::new().with("[timeouts]\nidle = '2s'\nhandshake = '1s'").user("ann", "").start();
+    let ended = |mut stream: TcpStream, drips: bool| {
+        let began = Instant::now();
+        stream.set_read_timeout(Some(Duration::from_millis(100))).unwrap();
+        loop {
+            if drips && stream.write_all(b"G").is_err() {
+                return began.elapsed();
+            }
+            match stream.read(&mut [0]) {
+                Ok(0) => return began.elapsed(),
+                Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {}
+                Err(_) => return began.elapsed(),
+                Ok(_) => panic!("an answer to nothing"),
+            }
+        }
+    };
+    let kept = || {
+        let mut stream = proxy.connect();
+        assert!(get(&mut stream, target, "/", LOGIN).contains("answer"));
+        stream
+    };
+    let about = |time: Duration, seconds: f64| {
+        let seconds = seconds - 0.1..seconds + 0.9;
+        assert!(seconds.contains(&time.as_secs_f64()), "{time:?}, not {seconds:?}");
+    };
+    about(ended(kept(), false), 2.0);
+    about(ended(kept(), true), 1.0);
+    // The first head has no more time.
+    about(ended(proxy.connect(), true), 1.0);
+    let records = proxy.await_records(4);
+    let count = |end: &str| records.iter().filter(|record| record["end"] == end).count();
+    assert_eq!(count("handshake_timeout"), 2, "{records:?}");
 }
 
 #[test]

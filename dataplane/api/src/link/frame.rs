@@ -174,7 +174,7 @@ mod tests {
             version: 2,
             generation: 300,
             program: "0.1.0".into(),
-            command: 0,
+            command: 302,
         };
         let usage = Usage { user: 5, up: 1000, down: 2000, held: Some(9000) };
         let report = Report { boot: 7, sequence: 3, users: vec![usage], last: true, uncertain: 17 };
@@ -244,7 +244,7 @@ mod tests {
             target: "a.example:443".into(),
         };
         let welcome = Welcome { version: 1, refusal: "no".into() };
-        let command = |kind| down::Body::Command(Command { kind: Some(kind), id: 0 });
+        let command = |kind| down::Body::Command(Command { kind: Some(kind), id: 301 });
         let bodies = [
             ("welcome", down::Body::Welcome(welcome)),
             ("snapshot", down::Body::Snapshot(snapshot)),
