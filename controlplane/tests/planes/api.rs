@@ -600,7 +600,7 @@ fn users_are_imported_together_or_not_at_all() {
         assert_eq!(planes.must("GET", "/users?q=new", Value::Null)["total"], 0);
         let (status, csv) = planes.raw(&planes.token, "GET", "/api/v1/users/export.csv", None);
         assert_eq!((status, csv.lines().count()), (200, 1 + 1 + 20));
-        assert!(csv.contains("user7,user,active,true,,a b,,,,,,,,,1000,month,,"), "{csv}");
+        assert!(csv.contains("user7,user,active,true,,a b,,,,,,,false,,,1000,month,,"), "{csv}");
     });
 }
 
