@@ -129,26 +129,39 @@ pub async fn restore(store: &Store, from: impl BufRead) -> anyhow::Result<()> {
     anyhow::ensure!(whole, "the backup is cut short");
     let ahead = format!("UPDATE head SET generation = generation + {AHEAD}");
     db.execute_raw(Statement::from_string(db.get_database_backend(), ahead)).await?;
+    let is_mysql = db.get_database_backend() == DatabaseBackend::MySql;
+    if !is_mysql {
+        leave_out_numbers(&db).await?;
+    }
     db.commit().await?;
-    for table in ["users", "nodes"] {
-        leave_out_numbers(store.db(), table).await?;
+    // There it cannot be part of a transaction.
+    if is_mysql {
+        let left_out = leave_out_numbers(store.db()).await;
+        left_out.context("all is restored, but numbers of before may be given out again")?;
     }
     Ok(())
 }
 
 /// Numbers that were given out after the backup, or whose row was deleted before it, are not given out again:
 /// what they moved would be another's.
-async fn leave_out_numbers(db: &impl ConnectionTrait, table: &str) -> anyhow::Result<()> {
+async fn leave_out_numbers(db: &impl ConnectionTrait) -> anyhow::Result<()> {
     let backend = db.get_database_backend();
-    let sql = if backend == DatabaseBackend::MySql {
-        let last = format!("SELECT CAST(COALESCE(MAX(id), 0) AS SIGNED) AS last FROM {table}");
+    for table in ["users", "nodes"] {
+        let last = format!("SELECT COALESCE(MAX(id), 0) AS last FROM {table}");
         let row = db.query_one_raw(Statement::from_string(backend, last)).await?;
         let last: i64 = row.map_or(Ok(0), |row| row.try_get("", "last"))?;
-        format!("ALTER TABLE {table} AUTO_INCREMENT = {}", last + AHEAD + 1)
-    } else {
-        format!("UPDATE sqlite_sequence SET seq = seq + {AHEAD} WHERE name = '{table}'")
-    };
-    db.execute_raw(Statement::from_string(backend, sql)).await?;
+        let next = last + AHEAD;
+        let steps = match backend {
+            DatabaseBackend::MySql => vec![format!("ALTER TABLE {table} AUTO_INCREMENT = {next}")],
+            _ => vec![
+                format!("DELETE FROM sqlite_sequence WHERE name = '{table}'"),
+                format!("INSERT INTO sqlite_sequence (name, seq) VALUES ('{table}', {next})"),
+            ],
+        };
+        for sql in steps {
+            db.execute_raw(Statement::from_string(backend, sql)).await?;
+        }
+    }
     Ok(())
 }
 

@@ -4,7 +4,10 @@ use axum::{
     Json,
     http::{HeaderMap, HeaderValue, StatusCode, header},
 };
-use sea_orm::{ColumnTrait, EntityTrait, ExprTrait, QueryFilter, Set, sea_query::Expr};
+use sea_orm::{
+    ColumnTrait, ConnectionTrait, DatabaseTransaction, EntityTrait, ExprTrait, QueryFilter, Set,
+    TransactionTrait, sea_query::Expr,
+};
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 use utoipa_axum::{router::OpenApiRouter, routes};
@@ -80,7 +83,7 @@ fn cookie_of(headers: &HeaderMap) -> Option<&str> {
     })
 }
 
-async fn grant(app: &App, user: &user::Model) -> Result<Granted> {
+async fn grant(app: &App, db: &impl ConnectionTrait, user: &user::Model) -> Result<Granted> {
     let token = RefreshToken::random();
     let row = refresh::ActiveModel {
         hash: Set(token.hash),
@@ -90,7 +93,7 @@ async fn grant(app: &App, user: &user::Model) -> Result<Granted> {
         used: Set(false),
         expires_at: Set(now() + app.refresh_life),
     };
-    refresh::Entity::insert(row).exec_without_returning(app.store.db()).await?;
+    refresh::Entity::insert(row).exec_without_returning(db).await?;
     let access_token = app
         .tokens
         .issue(user.id, user.token_epoch)
@@ -159,7 +162,7 @@ async fn log_in(app: &App, from: &extract::From, login: Login) -> Result<Granted
         return Err(Problem::anonymous("the second factor's code (totp) is missing or wrong"));
     }
     app.throttle.forgive(from.0, &login.username);
-    grant(app, &user).await
+    grant(app, app.store.db(), &user).await
 }
 
 /// Renew the access token by the cookie, which is replaced.
@@ -174,36 +177,44 @@ async fn renew(
 ) -> Result<Granted> {
     let expired = || Problem::anonymous("log in again");
     let hash = RefreshToken::hash(cookie_of(&headers).ok_or_else(expired)?);
-    let db = app.store.db();
-    let token = refresh::Entity::find_by_id(hash.clone()).one(db).await?.ok_or_else(expired)?;
+    let db = app.store.db().begin().await?;
     // Two at once cannot both turn it.
     let turned = refresh::Entity::update_many()
         .col_expr(refresh::Column::Used, true.into())
-        .filter(refresh::Column::Hash.eq(hash))
+        .filter(refresh::Column::Hash.eq(&hash))
         .filter(refresh::Column::Used.eq(false))
-        .exec(db)
+        .exec(&db)
         .await?;
-    if turned.rows_affected == 0 {
-        // Used before: stolen, or its answer was lost. Every token of the user is void.
-        let actor = Actor { name: "system:auth".into(), address: from.0.to_string() };
-        let edit = app.store.edit(actor).await?;
-        let Some(user) = user::Entity::find_by_id(token.user_id).one(edit.db()).await? else {
-            return Err(expired());
-        };
-        user::Entity::update_many()
-            .col_expr(user::Column::TokenEpoch, Expr::col(user::Column::TokenEpoch).add(1))
-            .filter(user::Column::Id.eq(user.id))
-            .exec(edit.db())
-            .await?;
-        edit.commit(Change::new("auth.token_reused", &user.name)).await?;
-        return Err(expired());
-    }
-    let user = user::Entity::find_by_id(token.user_id).one(db).await?;
+    let token = refresh::Entity::find_by_id(hash).one(&db).await?.ok_or_else(expired)?;
+    let user = user::Entity::find_by_id(token.user_id).one(&db).await?;
     let good = |user: &user::Model| {
         is_active(user) && token.epoch == user.token_epoch && token.expires_at > now()
     };
+    // Of one that is void already, no more is told by a second use.
     let user = user.filter(good).ok_or_else(expired)?;
-    grant(&app, &user).await
+    if turned.rows_affected == 0 {
+        db.rollback().await?;
+        // Used before: stolen, or its answer was lost. Every token of the user is void.
+        let actor = Actor { name: "system:auth".into(), address: from.0.to_string() };
+        let edit = app.store.edit(actor).await?;
+        void_tokens(edit.db(), user.id).await?;
+        edit.commit(Change::new("auth.token_reused", &user.name)).await?;
+        return Err(expired());
+    }
+    let granted = grant(&app, &db, &user).await?;
+    db.commit().await?;
+    Ok(granted)
+}
+
+/// Whatever a user logged in with before is good for nothing from now on.
+async fn void_tokens(db: &DatabaseTransaction, user: i64) -> Result<()> {
+    user::Entity::update_many()
+        .col_expr(user::Column::TokenEpoch, Expr::col(user::Column::TokenEpoch).add(1))
+        .filter(user::Column::Id.eq(user))
+        .exec(db)
+        .await?;
+    refresh::Entity::delete_many().filter(refresh::Column::UserId.eq(user)).exec(db).await?;
+    Ok(())
 }
 
 /// Log out: every token of the user is void.
@@ -214,14 +225,7 @@ async fn logout(
     caller: Caller,
 ) -> Result<(StatusCode, HeaderMap)> {
     let edit = app.store.edit(caller.actor()).await?;
-    let db = edit.db();
-    user::Entity::update_many()
-        .col_expr(user::Column::TokenEpoch, Expr::col(user::Column::TokenEpoch).add(1))
-        .filter(user::Column::Id.eq(caller.user.id))
-        .exec(db)
-        .await?;
-    let tokens = refresh::Entity::delete_many();
-    tokens.filter(refresh::Column::UserId.eq(caller.user.id)).exec(db).await?;
+    void_tokens(edit.db(), caller.user.id).await?;
     edit.commit(Change::new("auth.logout", &caller.user.name)).await?;
 
     Ok((StatusCode::NO_CONTENT, cookie(&app, "", 0)))

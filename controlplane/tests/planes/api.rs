@@ -300,6 +300,10 @@ fn a_refresh_token_is_good_once() {
         let log = planes.must("GET", "/logs/audit?action=auth.token_reused", Value::Null);
         let line = &log["items"][0];
         assert_eq!((&line["subject"], &line["address"]), (&json!("ann"), &json!("127.0.0.1")));
+        // Whoever has it can do no more with it: a later login stays.
+        let (_, token, _) = post("login", &login, "none", "fourth");
+        assert_eq!(post("refresh", "", "first", "none").0, 401);
+        assert_eq!((status(&token), post("refresh", "", "fourth", "fifth").0), (200, 200));
         assert_eq!(post("refresh", "", "none", "none").0, 401);
     });
 }

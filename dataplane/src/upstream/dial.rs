@@ -33,17 +33,24 @@ pub struct Dialled {
 /// Why no address answered: the cause of the last failure that says most.
 pub async fn dial(permit: &Permit) -> Result<Dialled, Cause> {
     let egress = permit.egress();
-    match permit.addresses() {
+    let reached: Vec<SocketAddr>;
+    let addresses = match egress {
+        None => permit.addresses(),
+        // Who leaves from an address of one family reaches none of the other.
+        Some(egress) => {
+            let same = permit.addresses().iter().copied();
+            reached = same.filter(|address| address.is_ipv4() == egress.is_ipv4()).collect();
+            &reached
+        }
+    };
+    match addresses {
+        [] => Err(Cause::NetworkUnreachable),
         [address] => one(*address, egress).await,
         addresses => race(addresses, egress).await,
     }
 }
 
-/// Who leaves from an address of one family reaches none of the other.
 async fn one(address: SocketAddr, egress: Option<IpAddr>) -> Result<Dialled, Cause> {
-    if egress.is_some_and(|egress| egress.is_ipv4() != address.is_ipv4()) {
-        return Err(Cause::NetworkUnreachable);
-    }
     let socket = connect(address, ConnectOptions { bind: egress, mark: None }).await;
     let socket = socket.map_err(|error| Cause::of_dial(&error))?;
     Ok(Dialled { socket, address })
