@@ -931,6 +931,15 @@ fn a_database_that_hangs_is_told_in_time() {
             assert!(Command::new("kill").args([signal, pid.trim()]).status().unwrap().success());
         };
         signal("-STOP");
+        // Each of its threads, which may have been answering.
+        await_some("a server that stands still", || {
+            let threads = fs::read_dir(format!("/proc/{}/task", pid.trim())).unwrap();
+            let stands = |thread: std::io::Result<fs::DirEntry>| {
+                let stat = fs::read_to_string(thread.ok()?.path().join("stat")).ok()?;
+                stat.rsplit_once(") ")?.1.starts_with('T').then_some(())
+            };
+            threads.into_iter().map(stands).collect::<Option<()>>()
+        });
         let began = Instant::now();
         let (status, said) = planes.ask("GET", "/users", None);
         let waited = began.elapsed();
