@@ -128,7 +128,7 @@ async fn login(
     from: extract::From,
     Body(login): Body<Login>,
 ) -> Result<Granted> {
-    let name = login.username.clone();
+    let name: String = login.username.chars().take(255).collect();
     let granted = log_in(&app, &from, login).await;
     let result = match &granted {
         Ok(_) => "accepted",
@@ -146,10 +146,11 @@ async fn login(
 
 async fn log_in(app: &App, from: &extract::From, login: Login) -> Result<Granted> {
     let wrong = || Problem::anonymous("wrong user name or password");
+    // Of whatever name: each is logged.
+    throttle(app, from, &login.username)?;
     if login.username.len() > 255 {
         return Err(wrong());
     }
-    throttle(app, from, &login.username)?;
     let found = user::Entity::find().filter(user::Column::Name.eq(&login.username));
     // MySQL passes over spaces at the end, which the throttle does not.
     let user = found.one(app.store.db()).await?.filter(|user| user.name == login.username);

@@ -510,6 +510,10 @@ fn guesses_are_throttled() {
         let answers: Vec<_> = (0..12).map(|_| planes.login("ann", "a wrong one")).collect();
         assert!(answers[..9].iter().all(|answer| *answer == Err(401)), "{answers:?}");
         assert_eq!(answers[11], Err(429));
+        // A name too long to be one is no way around it.
+        let long = "x".repeat(300);
+        let answers: Vec<_> = (0..12).map(|_| planes.login(&long, "a wrong one")).collect();
+        assert_eq!(answers[11], Err(429));
     });
 }
 

@@ -341,16 +341,14 @@ impl Matchers {
     fn first_rule(&self, query: Query<'_>, address: Option<IpAddr>) -> Option<(&Rule, Match)> {
         let local = OnceCell::new();
         let local = || *local.get_or_init(|| self.local(query.at));
-        let judged = |rule: &'_ Rule| match rule.matches(query, address, &local) {
-            Match::No => None,
-            other => Some(other),
-        };
+        let judged = |rule: &Rule| rule.matches(query, address, &local);
+        let is_met = |(_, judged): &(&Rule, Match)| *judged != Match::No;
         match &self.index {
-            None => self.rules.iter().find_map(|rule| Some((rule, judged(rule)?))),
-            Some(index) => index
-                .candidates(query, address)
-                .map(|number| &self.rules[number])
-                .find_map(|rule| Some((rule, judged(rule)?))),
+            None => self.rules.iter().map(|rule| (rule, judged(rule))).find(is_met),
+            Some(index) => {
+                let rules = index.candidates(query, address).map(|number| &self.rules[number]);
+                rules.map(|rule| (rule, judged(rule))).find(is_met)
+            }
         }
     }
 
