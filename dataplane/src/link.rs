@@ -776,9 +776,12 @@ fn crashed(found: &Recovered) -> Vec<link::Record> {
     let time = time.format(&time::format_description::well_known::Rfc3339).unwrap_or_default();
     let record = |(number, cut): (u64, &Unrecorded)| {
         let end = if cut.ran { "crash" } else { "unrecorded" };
-        let json = serde_json::json!({
+        let mut json = serde_json::json!({
             "time": time, "bytes_up": cut.bytes[0], "bytes_down": cut.bytes[1], "end": end,
         });
+        if cut.ran {
+            json["uncertain_bytes"] = cut.uncertain.into();
+        }
         // One that was written after all is known there by its number.
         let sequence = if cut.sequence > 0 { cut.sequence } else { CRASHED + number };
         link::Record { sequence, json: json.to_string().into_bytes(), user: cut.user }

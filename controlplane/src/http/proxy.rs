@@ -1,9 +1,11 @@
 //! Nodes: enrolled, revoked, how they are.
 
+use std::collections::HashMap;
+
 use axum::{Json, extract::State, http::StatusCode};
 use sea_orm::{
-    ActiveModelTrait, ColumnTrait, DatabaseTransaction, DbErr, EntityTrait, IntoActiveModel,
-    QueryFilter, Set,
+    ActiveModelTrait, ColumnTrait, ConnectionTrait, DatabaseTransaction, DbErr, EntityTrait,
+    IntoActiveModel, QueryFilter, QuerySelect, Set,
 };
 use serde::{Deserialize, Serialize};
 use utoipa::{IntoParams, ToSchema};
@@ -15,7 +17,7 @@ use super::{
 };
 use crate::store::{
     Change, Command,
-    entity::{heartbeat, node},
+    entity::{boot, heartbeat, node},
     now, was_lately,
 };
 
@@ -46,6 +48,8 @@ struct NodeView {
     generation: i64,
     /// Why it refuses a newer one; empty if it does not.
     refusal: String,
+    /// Bytes that boots which were killed may have moved beyond what was counted.
+    uncertain_bytes: i64,
     /// When it was last heard of.
     #[schema(format = DateTime)]
     seen_at: Option<String>,
@@ -54,15 +58,20 @@ struct NodeView {
     created_at: String,
 }
 
-fn view(row: node::Model) -> NodeView {
+fn is_online(row: &node::Model) -> bool {
+    row.connected && row.seen_at.is_some_and(was_lately)
+}
+
+fn view(row: node::Model, uncertain: &HashMap<i64, i64>) -> NodeView {
     NodeView {
         id: row.id.to_string(),
-        online: row.connected && row.seen_at.is_some_and(was_lately),
+        online: is_online(&row),
         name: row.name,
         status: row.status,
         version: row.version,
         generation: row.generation,
         refusal: row.refusal,
+        uncertain_bytes: uncertain.get(&row.id).copied().unwrap_or(0),
         seen_at: row.seen_at.map(time_text),
         created_at: time_text(row.created_at),
     }
@@ -83,7 +92,20 @@ async fn list(
         ("seen_at", node::Column::SeenAt),
     ];
     let query = paging.sorted(node::Entity::find(), "id", &known)?;
-    paging.load(app.store.db(), query, view).await
+    let db = app.store.db();
+    let uncertain = uncertain(db).await?;
+    paging.load(db, query, |row| view(row, &uncertain)).await
+}
+
+/// What the boots that were killed may have moved beyond what was counted, by node.
+async fn uncertain(db: &impl ConnectionTrait) -> std::result::Result<HashMap<i64, i64>, DbErr> {
+    let killed = boot::Entity::find().filter(boot::Column::Uncertain.gt(0)).select_only();
+    let killed = killed.columns([boot::Column::NodeId, boot::Column::Uncertain]);
+    let mut sums = HashMap::new();
+    for (node, bytes) in killed.into_tuple::<(i64, i64)>().all(db).await? {
+        *sums.entry(node).or_default() += bytes;
+    }
+    Ok(sums)
 }
 
 /// A new node.
@@ -120,7 +142,10 @@ async fn enrol(
     let (row, change) = add_node(edit.db(), &new.name, &issued.fingerprint).await?;
     edit.commit(change).await?;
 
-    Ok((StatusCode::CREATED, Json(Enrolled { node: view(row), identity: issued.pem })))
+    Ok((
+        StatusCode::CREATED,
+        Json(Enrolled { node: view(row, &HashMap::new()), identity: issued.pem }),
+    ))
 }
 
 /// Give a node another identity; the one before is worthless at once.
@@ -140,10 +165,11 @@ async fn identity(
     }
     let issued = app.authority.node(&row.name).map_err(|_| Problem::no_key())?;
     let (row, change) = replace_identity(edit.db(), row, issued.fingerprint).await?;
+    let node = view(row, &uncertain(edit.db()).await?);
     edit.commit(change).await?;
 
     app.hub.look();
-    Ok(Json(Enrolled { node: view(row), identity: issued.pem }))
+    Ok(Json(Enrolled { node, identity: issued.pem }))
 }
 
 /// Revoke a node: it gets nothing more, and is not listened to.
@@ -251,9 +277,9 @@ struct Health {
     responses((status = 200, body = Health), (status = 401, body = Problem), (status = 403, body = Problem), (status = 503, body = Problem)))]
 async fn health(State(app): State<App>, _: Admin) -> Result<Json<Health>> {
     let nodes = node::Entity::find().filter(node::Column::Status.eq("active"));
-    let nodes: Vec<_> = nodes.all(app.store.db()).await?.into_iter().map(view).collect();
+    let nodes = nodes.all(app.store.db()).await?;
     let generation = app.store.generation().await?;
-    let online = nodes.iter().filter(|node| node.online);
+    let online = nodes.iter().filter(|node| is_online(node));
     Ok(Json(Health {
         online: online.clone().count(),
         current: online.filter(|node| node.generation >= generation).count(),

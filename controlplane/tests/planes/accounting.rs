@@ -3,7 +3,10 @@
 use std::{
     io::{Read, Write},
     net::{Shutdown, SocketAddr, TcpListener, TcpStream},
-    sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed},
+    sync::{
+        Mutex,
+        atomic::{AtomicBool, AtomicU64, Ordering::Relaxed},
+    },
     thread,
     time::{Duration, Instant},
 };
@@ -509,5 +512,175 @@ fn a_rate_set_by_the_api_holds_over_all_sessions() {
             over.store(true, Relaxed);
         });
         assert!(ratios.iter().all(|ratio| (0.97..1.03).contains(ratio)), "{ratios:?}");
+    });
+}
+
+/// A target that says so much and ends.
+fn says(bytes: usize) -> SocketAddr {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = listener.local_addr().unwrap();
+    thread::spawn(move || {
+        for mut stream in listener.incoming().flatten() {
+            thread::spawn(move || stream.write_all(&vec![7; bytes]));
+        }
+    });
+    address
+}
+
+/// RELIABILITY D1: a node is killed at a random moment under load. Of a session that it cut the record has what
+/// was done: no more than came, which is no more than that and what was on its way. The others are exact.
+#[test]
+fn a_node_is_killed_under_load() {
+    on_each(|planes| {
+        let targets = [source(), says(1), says(9_000), says(700_000)];
+        let mut node = planes.node("edge");
+        let names: Vec<String> = (0..6).map(|number| format!("u{number}")).collect();
+        let ids: Vec<String> = names.iter().map(|name| planes.user(name, json!({}))).collect();
+        planes.user("last", json!({}));
+        await_some("tunnel", || node.tunnel("last", targets[1]).ok());
+        // What came to each user, by the client's address; they have one session at a time.
+        let came: Vec<Mutex<Vec<(String, u64)>>> = names.iter().map(|_| Mutex::default()).collect();
+        let mut dice = 0x2545_f491_4f6c_dd1d_u64;
+        for _ in 0..rounds(3, 50) {
+            thread::scope(|scope| {
+                for (number, name) in names.iter().enumerate() {
+                    let (node, came) = (&node, &came[number]);
+                    scope.spawn(move || {
+                        // Until it is killed. Some sessions never end, others do all the time.
+                        while let Ok(stream) = node.tunnel(name, targets[number % targets.len()]) {
+                            let client = stream.local_addr().unwrap().to_string();
+                            came.lock().unwrap().push((client, drink(stream)));
+                        }
+                    });
+                }
+                dice = dice.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+                pause(Duration::from_millis(200 + (dice >> 33) % 800));
+                node.program.signal("KILL");
+            });
+            node.program.kill();
+            planes.again(&mut node);
+        }
+        let (mut cut, mut uncertain) = (0, 0);
+        for (id, came) in ids.iter().zip(came) {
+            let mut came = came.into_inner().unwrap();
+            let all: u64 = came.iter().map(|(_, bytes)| bytes).sum();
+            let path = format!("/logs/access?sort=id&user_id={id}");
+            let number = |log: &Value, key: &str| log[key].as_u64().unwrap();
+            let on_its_way = |log: &Value| log["record"]["uncertain_bytes"].as_u64().unwrap_or(0);
+            let logs = await_some("its records", || {
+                let logs = planes.all(&path);
+                let may_be = logs.iter().map(|log| number(log, "bytes_down") + on_its_way(log));
+                (may_be.sum::<u64>() >= all).then_some(logs)
+            });
+            let sums = logs.iter().map(|log| number(log, "bytes_up") + number(log, "bytes_down"));
+            let billed: u64 = sums.sum();
+            await_some("its sums", || (planes.used(id) == billed).then_some(()));
+            for log in &logs {
+                let down = number(log, "bytes_down");
+                let is_its = |(client, bytes): &(String, u64)| match log["end"].as_str().unwrap() {
+                    "crash" => (down..=down + on_its_way(log)).contains(bytes),
+                    "unrecorded" => *bytes == down,
+                    _ => client == log["client"].as_str().unwrap(),
+                };
+                match came.iter().position(is_its) {
+                    Some(index) => {
+                        let (_, bytes) = came.remove(index);
+                        assert!(log["end"] == "crash" || bytes == down, "{bytes}: {log}");
+                    }
+                    // It was cut before its client had an answer.
+                    None => assert!(down == 0 && log["client"] == "", "{log}: {came:?}"),
+                }
+                cut += u64::from(log["end"] == "crash" && down > 0);
+                uncertain += on_its_way(log);
+            }
+            assert!(came.iter().all(|(_, bytes)| *bytes == 0), "{came:?}");
+        }
+        assert!(cut > 0);
+        let nodes = planes.must("GET", "/proxy/nodes", Value::Null);
+        assert_eq!(nodes["items"][0]["uncertain_bytes"], uncertain, "{nodes}");
+    });
+}
+
+/// DESIGN 3.7: while the control plane is away a node spends what it holds of a quota, and not a byte more.
+#[test]
+fn a_lease_is_spent_while_the_control_plane_is_away() {
+    const QUOTA: u64 = 50_000_000;
+    on_each(|mut planes| {
+        let (node, target) = (planes.node("edge"), source());
+        let limits = json!({ "quota_bytes": QUOTA, "quota_period": "total" });
+        let id = planes.user("ann", json!({ "limits": limits }));
+        planes.user("bob", json!({}));
+        await_some("tunnel", || node.tunnel("bob", target).ok());
+        let mut stream = node.tunnel("ann", target).unwrap();
+        // It holds a lease from now on.
+        stream.read_exact(&mut [0; 100_000]).unwrap();
+        planes.control.kill();
+        let received = 100_000 + drink(stream);
+        assert!(received <= QUOTA, "{received}");
+        let mut others = node.tunnel("bob", target).unwrap();
+        others.read_exact(&mut [0; 100_000]).unwrap();
+        await_some("refusal", || {
+            // Let in or not, nothing comes.
+            let came = node.tunnel("ann", target).map_or(0, drink);
+            (came == 0).then_some(())
+        });
+        planes.restart_control();
+        await_some("the quota", || (planes.used(&id) == QUOTA).then_some(()));
+        pause(Duration::from_millis(1500));
+        assert_eq!(planes.used(&id), QUOTA);
+        assert!(node.tunnel("ann", target).is_err());
+    });
+}
+
+/// Whose limit holds: the user's own, else the highest of the groups', else the default.
+#[test]
+fn the_nearest_limit_holds() {
+    const RATE: u64 = 2_000_000;
+    on_each(|planes| {
+        let (node, target) = (planes.node("edge"), source());
+        let limit = |kind: &str, subject: &str, times: u64| {
+            let limit = json!({ "kind": kind, "subject": subject, "down": times * RATE });
+            let made = planes.must("POST", "/traffic/limits", limit);
+            made["id"].as_str().unwrap().to_owned()
+        };
+        let id = planes.user("ann", json!({ "groups": ["slow"] }));
+        let own = |limits: Value| {
+            planes.must("PATCH", &format!("/users/{id}"), json!({ "limits": limits }));
+        };
+        let remove = |id: &str| {
+            planes.must("DELETE", &format!("/traffic/limits/{id}"), Value::Null);
+        };
+        let default = limit("default", "", 4);
+        let mut stream = await_some("tunnel", || node.tunnel("ann", target).ok());
+        let mut holds = |times: u64| {
+            // Once it is in force, and what was let in before is through.
+            let mut buffer = vec![0; 64 * 1024];
+            let mut bytes = |time: Duration| {
+                let (began, mut bytes) = (Instant::now(), 0);
+                while began.elapsed() < time {
+                    bytes += stream.read(&mut buffer).unwrap();
+                }
+                bytes as f64 / began.elapsed().as_secs_f64()
+            };
+            await_some(&format!("{times} times the rate"), || {
+                let ratio = bytes(Duration::from_millis(1500)) / (times * RATE) as f64;
+                (0.93..1.07).contains(&ratio).then_some(())
+            });
+        };
+        holds(4);
+        let group = limit("group", "slow", 2);
+        holds(2);
+        own(json!({ "down": RATE }));
+        holds(1);
+        own(json!({ "down": null }));
+        holds(2);
+        remove(&group);
+        holds(4);
+        // Of several groups the highest.
+        planes.must("PATCH", &format!("/users/{id}"), json!({ "groups": ["slow", "fast"] }));
+        limit("group", "slow", 2);
+        limit("group", "fast", 3);
+        holds(3);
+        remove(&default);
     });
 }

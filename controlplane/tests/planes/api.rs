@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 
 use crate::{
     accounting::transfer,
-    support::{PASSWORD, Planes, await_some, echo, is_soak, on_each, ping},
+    support::{PASSWORD, Planes, Program, await_cut, await_some, echo, is_soak, on_each, ping},
 };
 
 /// Who may ask, whatever the answer.
@@ -982,5 +982,195 @@ fn no_secret_lies_about() {
         for secret in [CANARY, &token, &key, &admin] {
             assert!(told.iter().all(|text| !text.contains(secret)), "{secret}");
         }
+    });
+}
+
+/// RELIABILITY H2: nor does the token say how it is to be checked.
+#[test]
+fn a_token_does_not_choose_its_check() {
+    on_each(|planes| {
+        let token = planes.token.clone();
+        let parts: Vec<&str> = token.split('.').collect();
+        let key = std::fs::read(planes.state().join("jwt.key")).unwrap();
+        let status = |token: &str| planes.ask_as(token, "GET", "/auth/me", None).0;
+        let signed = |header: &Value, key: &[u8]| {
+            let said = BASE64_URL_SAFE_NO_PAD.encode(header.to_string());
+            let said = format!("{said}.{}", parts[1]);
+            let key = jsonwebtoken::EncodingKey::from_secret(key);
+            let algorithm = match header["alg"].as_str() {
+                Some("HS384") => jsonwebtoken::Algorithm::HS384,
+                Some("HS512") => jsonwebtoken::Algorithm::HS512,
+                _ => jsonwebtoken::Algorithm::HS256,
+            };
+            let signature = jsonwebtoken::crypto::sign(said.as_bytes(), &key, algorithm).unwrap();
+            format!("{said}.{signature}")
+        };
+        assert_eq!(status(&signed(&json!({ "alg": "HS256", "typ": "JWT" }), &key)), 200);
+        let none = |alg: &str| {
+            let header = BASE64_URL_SAFE_NO_PAD.encode(json!({ "alg": alg }).to_string());
+            format!("{header}.{}.", parts[1])
+        };
+        let forged = [
+            none("none"),
+            none("None"),
+            none("HS256"),
+            format!("{}.{}", parts[0], parts[1]),
+            format!("{}.{}.", parts[0], parts[1]),
+            signed(&json!({ "alg": "HS384", "typ": "JWT" }), &key),
+            signed(&json!({ "alg": "HS512", "typ": "JWT" }), &key),
+            signed(&json!({ "alg": "RS256", "typ": "JWT" }), &key),
+            signed(&json!({ "alg": "HS256", "typ": "JWT" }), b""),
+            signed(&json!({ "alg": "HS256", "typ": "JWT" }), &[0; 64]),
+            signed(&json!({ "alg": "HS256", "kid": "/dev/null" }), b""),
+            signed(&json!({ "alg": "HS256", "kid": "../../dev/null' UNION SELECT '" }), b""),
+            signed(&json!({ "alg": "HS256", "jwk": { "kty": "oct", "k": "AAAA" } }), &[0; 3]),
+            signed(&json!({ "alg": "HS256", "jku": "http://127.0.0.1:1/" }), b"key"),
+            String::from_utf8(token.bytes().rev().collect()).unwrap(),
+            "..".into(),
+            "a.b.c".into(),
+        ];
+        for token in forged {
+            assert_eq!(status(&token), 401, "{token}");
+        }
+    });
+}
+
+/// RELIABILITY H1: nothing is open that was not opened, and who opens it is told what that means.
+#[test]
+fn a_fresh_start_keeps_its_secrets() {
+    use std::os::unix::fs::PermissionsExt;
+    let planes = Planes::start_with(None, "");
+    for name in ["initial-admin", "jwt.key", "seal.key", "link-authority.key"] {
+        let mode = std::fs::metadata(planes.state().join(name)).unwrap().permissions().mode();
+        assert_eq!(mode & 0o777, 0o600, "{name}");
+    }
+    let mode = std::fs::metadata(planes.state()).unwrap().permissions().mode();
+    assert_eq!(mode & 0o007, 0);
+    for password in ["", "admin", "password", "culvert"] {
+        assert_eq!(planes.login("admin", password), Err(401), "{password}");
+    }
+    drop(planes);
+
+    let folder = tempfile::tempdir().unwrap();
+    let config = folder.path().join("control.toml");
+    let dir = folder.path().join("control");
+    let text = format!("[server]\nbind = '0.0.0.0:0'\n[state]\ndir = '{}'\n", dir.display());
+    std::fs::write(&config, text).unwrap();
+    let start = || {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_culvert-control"));
+        Program::spawn(command.args(["serve", "-c", config.to_str().unwrap()]))
+    };
+    let mut open = start();
+    let warned = open.await_line("in clear");
+    assert!(warned.contains("WARN") && warned.contains("server.tls"), "{warned}");
+    open.await_line("listening");
+    open.kill();
+    // A key that can be guessed is none.
+    std::fs::write(dir.join("jwt.key"), "secret").unwrap();
+    let mut short = start();
+    let said = short.await_line("jwt.key");
+    assert!(said.contains("32 bytes"), "{said}");
+    short.await_failure();
+}
+
+/// Lists and exports of more than one page or part are whole.
+#[test]
+fn what_is_many_is_paged_and_exported_whole() {
+    const MANY: usize = 2300;
+    on_each(|planes| {
+        planes.user("ann", json!({}));
+        // By the database: each by the API would take a hash.
+        let insert = |table: &str, row: &dyn Fn(usize) -> String| {
+            let rows: Vec<String> = (0..MANY).map(|n| format!("({})", row(n))).collect();
+            planes.sql(&format!("INSERT INTO {table} VALUES {}", rows.join(",")));
+        };
+        insert(
+            "users (name, password_hash, role, status, proxy_access, `groups`, evict_oldest, \
+             source_addresses, comment, token_epoch, totp_step, created_at, updated_at)",
+            &|n| format!("'user {n:04}', '', 'user', 'active', 1, '[]', 0, '[]', '', 0, 0, 0, 0"),
+        );
+        // One a minute since 2026 began.
+        const BEGAN: usize = 1_767_225_600;
+        insert(
+            "access_logs (node_id, boot, sequence, at, user_id, user_name, client, target, ended, \
+             bytes_up, bytes_down, body)",
+            &|n| {
+                format!(
+                    "1, 1, {n}, {}000000, 7, 'cid', '', 'a:{n}', '', 1, 2, '{{}}'",
+                    BEGAN + 60 * n
+                )
+            },
+        );
+        let path = "/users?sort=name&q=user%20";
+        let names: Vec<String> = (0..MANY).map(|n| format!("user {n:04}")).collect();
+        let listed = planes.all(path);
+        let listed: Vec<&str> = listed.iter().map(|user| user["name"].as_str().unwrap()).collect();
+        assert_eq!(listed, names);
+        let page = |number: usize| {
+            let path = format!("{path}&page={number}&page_size=500");
+            let page = planes.must("GET", &path, Value::Null);
+            assert_eq!(
+                (page["total"].as_u64(), &page["page"]),
+                (Some(MANY as u64), &json!(number))
+            );
+            page["items"].as_array().unwrap().len()
+        };
+        assert_eq!((page(1), page(5), page(6)), (500, 300, 0));
+        let column = |path: &str, index: usize| {
+            let (status, csv) = planes.raw(&planes.token, "GET", &format!("/api/v1{path}"), None);
+            assert_eq!(status, 200, "{csv}");
+            let mut reader = csv::Reader::from_reader(csv.as_bytes());
+            let rows = reader.records().map(|row| row.unwrap()[index].to_owned());
+            rows.collect::<Vec<_>>()
+        };
+        let mut exported = column("/users/export.csv", 0);
+        exported.retain(|name| name.starts_with("user "));
+        assert_eq!(exported, names);
+
+        let targets =
+            |numbers: std::ops::Range<usize>| numbers.map(|n| format!("a:{n}")).collect::<Vec<_>>();
+        let export = |which: &str| column(&format!("/logs/access/export.csv?{which}"), 4);
+        assert_eq!(export("user_id=7"), targets(0..MANY));
+        // An hour, its begin but not its end.
+        let hour = "user_id=7&from=2026-01-01T10:00:00Z&to=2026-01-01T12:00:00%2B01:00";
+        assert_eq!(export(hour), targets(600..660));
+        let listed = planes.all(&format!("/logs/access?{hour}&sort=at"));
+        let listed: Vec<&str> = listed.iter().map(|log| log["target"].as_str().unwrap()).collect();
+        assert_eq!(listed, targets(600..660));
+        let wrong = planes.ask("GET", "/logs/access?from=yesterday", None);
+        assert_eq!(wrong.0, 400, "{}", wrong.1);
+    });
+}
+
+/// What the command line changes holds at the nodes of a control plane that runs.
+#[test]
+fn the_command_line_reaches_nodes() {
+    on_each(|planes| {
+        let (node, target) = (planes.node("edge"), echo());
+        planes.must("PATCH", "/settings", json!({ "allow_internal": ["127.0.0.0/8"] }));
+        let run = |words: &[&str], input: &str| {
+            let (done, told) = planes.command(words, input);
+            assert!(done, "{words:?}: {told}");
+        };
+        let with = |password: &str| {
+            await_some("tunnel", || node.tunnel_with("carl", password, target).ok())
+        };
+        run(&["user", "add", "carl"], PASSWORD);
+        let mut stream = with(PASSWORD);
+        ping(&mut stream).unwrap();
+        run(&["user", "passwd", "carl"], "another of carl's");
+        let began = Instant::now();
+        await_cut(&mut stream);
+        assert_eq!(node.tunnel("carl", target).err(), Some(255));
+        let mut stream = with("another of carl's");
+        run(&["user", "disable", "carl"], "");
+        await_cut(&mut stream);
+        // Two seconds each, for it is another process that edits.
+        assert!(began.elapsed() < Duration::from_secs(4), "{:?}", began.elapsed());
+        run(&["node", "revoke", "edge"], "");
+        await_some("the node's end", || {
+            let health = planes.must("GET", "/proxy/health", Value::Null);
+            (health["online"] == 0).then_some(())
+        });
     });
 }

@@ -570,6 +570,32 @@ impl Planes {
         (status, if chunked { unchunk(body) } else { body.to_owned() })
     }
 
+    /// All rows of a list, page after page.
+    pub fn all(&self, path: &str) -> Vec<Value> {
+        let mut rows = Vec::new();
+        for page in 1.. {
+            let part = self.must("GET", &format!("{path}&page={page}&page_size=500"), Value::Null);
+            rows.extend(part["items"].as_array().unwrap().iter().cloned());
+            if rows.len() as u64 >= part["total"].as_u64().unwrap() {
+                break;
+            }
+        }
+        rows
+    }
+
+    /// Has the database do something.
+    pub fn sql(&self, text: &str) {
+        let sqlite = self.state().join("culvert.db");
+        let sqlite = format!("sqlite://{}", sqlite.display());
+        let url = self.database.as_deref().unwrap_or(&sqlite);
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        runtime.block_on(async {
+            use sea_orm::ConnectionTrait;
+            let db = sea_orm::Database::connect(url).await.unwrap();
+            db.execute_unprepared(text).await.unwrap();
+        });
+    }
+
     /// Makes a user with the usual password, who may use the loopback; gives the number.
     pub fn user(&self, name: &str, more: Value) -> String {
         self.must("PATCH", "/settings", json!({ "allow_internal": ["127.0.0.0/8"] }));

@@ -41,6 +41,8 @@ pub struct Unrecorded {
     pub sequence: u64,
     /// Whether they were of a session that ran, not of one that had ended.
     pub ran: bool,
+    /// How many more may have been moved.
+    pub uncertain: u64,
 }
 
 /// Reads the ledgers that other boots left in a folder. Nothing is changed, so it can be done again;
@@ -122,15 +124,17 @@ fn read(path: &Path) -> io::Result<Recovered> {
                 State::Closing(total) | State::Owed(total) => (total, false),
             };
             let Some((user, bytes)) = totals.get_mut(of(total)) else { continue };
-            let (pending, done) = (pair(at)?, pair(at + 16)?);
+            let done = pair(at + 16)?;
+            let mut uncertain = 0;
             if ran {
                 *bytes = sum(*bytes, done);
-                found.uncertain += pending[0] + pending[1];
+                uncertain = pair(at)?.iter().fold(0, |sum: u64, n| sum.wrapping_add(*n));
+                found.uncertain = found.uncertain.wrapping_add(uncertain);
             }
-            if matches!(state, State::Resumed(_)) && done == [0; 2] {
+            if matches!(state, State::Resumed(_)) && done == [0; 2] && uncertain == 0 {
                 continue;
             }
-            found.sessions.push(Unrecorded { user: *user, bytes: done, sequence, ran });
+            found.sessions.push(Unrecorded { user: *user, bytes: done, sequence, ran, uncertain });
         }
         for (user, bytes) in totals {
             let known = found.users.entry(user).or_default();

@@ -67,7 +67,8 @@ fn a_killed_process_leaves_its_sums() {
     let found = recover(dir.path()).unwrap().remove(0);
     assert_eq!((found.boot, found.uncertain), (9, 3));
     assert_eq!(found.users[&1], [17, 0]);
-    assert_eq!(found.sessions, [Unrecorded { user: 1, bytes: [7, 0], sequence: 0, ran: true }]);
+    let cut = Unrecorded { user: 1, bytes: [7, 0], sequence: 0, ran: true, uncertain: 3 };
+    assert_eq!(found.sessions, [cut]);
 }
 
 /// Whenever the process is killed, every byte of the sums is in one record.
