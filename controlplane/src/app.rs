@@ -446,7 +446,10 @@ async fn clean_once(store: &Store) -> Result<(), sea_orm::DbErr> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::store::tests::{new_store, servers};
+    use crate::store::{
+        Command,
+        tests::{new_store, servers},
+    };
 
     /// What is older than the settings say goes, and nothing else; one control plane does it.
     #[tokio::test]
@@ -481,9 +484,73 @@ mod tests {
                 };
                 traffic::Entity::insert(minute).exec_without_returning(db).await.unwrap();
             }
+            for (number, age) in
+                [0, HEARTBEATS - MINUTE, HEARTBEATS + MINUTE].into_iter().enumerate()
+            {
+                let beat = heartbeat::ActiveModel {
+                    node_id: Set(1),
+                    boot: Set(number as i64),
+                    at: Set(now - age),
+                    sessions: Set(0),
+                    cpu_us: Set(0),
+                    memory: Set(0),
+                    up: Set(0),
+                    down: Set(0),
+                    ready: Set(true),
+                    uptime: Set(0),
+                };
+                heartbeat::Entity::insert(beat).exec_without_returning(db).await.unwrap();
+            }
+            for (number, left) in [-1, MINUTE].into_iter().enumerate() {
+                let token = refresh::ActiveModel {
+                    hash: Set(number.to_string()),
+                    user_id: Set(1),
+                    epoch: Set(0),
+                    used: Set(false),
+                    expires_at: Set(now + left),
+                };
+                refresh::Entity::insert(token).exec_without_returning(db).await.unwrap();
+            }
+            store.command(vec![((1, 1), Command::EndUser, 7)]).await.unwrap();
+            let long_ago = command::Column::At;
+            let old =
+                command::Entity::update_many().col_expr(long_ago, (now - 2 * COMMANDS).into());
+            old.exec(db).await.unwrap();
+            store.command(vec![((1, 1), Command::EndUser, 8)]).await.unwrap();
+            let edit = async |action: &'static str| {
+                let actor = Actor { name: "somebody".into(), address: String::new() };
+                let edit = store.edit(actor).await.unwrap();
+                edit.commit(Change::new(action, "").policy()).await.unwrap();
+            };
+            edit("first").await;
+            let years =
+                audit::Entity::update_many().col_expr(audit::Column::At, (now - 900 * DAY).into());
+            years.exec(db).await.unwrap();
+            let far = format!("UPDATE head SET generation = {}", CHANGES + 100);
+            db.execute_unprepared(&far).await.unwrap();
+            edit("second").await;
+
             clean_once(&store).await.unwrap();
             assert_eq!(access_log::Entity::find().count(db).await.unwrap(), 2);
             assert_eq!(traffic::Entity::find().count(db).await.unwrap(), 2);
+            assert_eq!(heartbeat::Entity::find().count(db).await.unwrap(), 2);
+            assert_eq!(refresh::Entity::find().count(db).await.unwrap(), 1);
+            assert_eq!(command::Entity::find().one(db).await.unwrap().unwrap().argument, 8);
+            let changes = change::Entity::find().all(db).await.unwrap();
+            assert_eq!(
+                changes.iter().map(|row| row.generation).collect::<Vec<_>>(),
+                [CHANGES + 101]
+            );
+            // Audits are kept for ever, unless a setting says otherwise.
+            assert_eq!(audit::Entity::find().count(db).await.unwrap(), 2);
+            let row = setting::ActiveModel {
+                name: Set("audit_log_days".into()),
+                value: Set("365".into()),
+            };
+            setting::Entity::insert(row).exec_without_returning(db).await.unwrap();
+            clean_once(&store).await.unwrap();
+            let audits = audit::Entity::find().all(db).await.unwrap();
+            assert_eq!(audits.iter().map(|row| &*row.action).collect::<Vec<_>>(), ["second"]);
 
             let other = store.clone();
             assert!(store.takes("clean", DAY).await.unwrap());

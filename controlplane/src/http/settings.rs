@@ -78,7 +78,11 @@ impl Settings {
                 map.insert(row.name, value);
             }
         }
-        Ok(serde_json::from_value(map).unwrap_or_default())
+        Ok(serde_json::from_value(map).unwrap_or_else(|error| {
+            // Whatever the row was to say, nothing opens by it.
+            tracing::error!(%error, "a row of settings is not known; by default all is refused");
+            Self { default_policy: DefaultPolicy::Deny, ..Self::default() }
+        }))
     }
 
     /// Their part of a policy.
@@ -207,6 +211,19 @@ mod tests {
     use culvert_api::policy::Weekday;
 
     use super::*;
+
+    /// A row of another version, or of somebody's hand.
+    #[tokio::test]
+    async fn what_is_not_known_opens_nothing() {
+        let (store, _folder) = crate::store::tests::new_store(None).await;
+        for (name, value) in [("default_policy", "\"ask\""), ("deny_ports", "[70000]")] {
+            let row = setting::ActiveModel { name: Set(name.into()), value: Set(value.into()) };
+            setting::Entity::insert(row).exec_without_returning(store.db()).await.unwrap();
+            let settings = Settings::load(store.db()).await.unwrap();
+            assert!(matches!(settings.default_policy, DefaultPolicy::Deny), "{name}");
+            setting::Entity::delete_by_id(name).exec(store.db()).await.unwrap();
+        }
+    }
 
     #[test]
     fn nodes_are_told_the_zone_if_a_rule_needs_it() {

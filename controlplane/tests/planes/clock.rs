@@ -12,8 +12,8 @@ use std::{
 use serde_json::{Value, json};
 
 use crate::{
-    accounting::{source, transfer},
-    support::{Planes, await_cut, await_some, echo, on_each, pause, ping},
+    accounting::{drink, source, transfer},
+    support::{Planes, await_cut, await_some, echo, on_each, on_server, pause, ping},
 };
 
 const HOUR: i64 = 3600;
@@ -47,8 +47,13 @@ impl Clock {
         fs::rename(next, &self.file).unwrap();
     }
 
+    /// Seconds since 1970 on this clock.
+    fn now(&self, from_noon: i64) -> i64 {
+        Self::real() + self.noon + from_noon
+    }
+
     fn text(&self, from_noon: i64) -> String {
-        let at = Self::real() + self.noon + from_noon;
+        let at = self.now(from_noon);
         let at = time::OffsetDateTime::from_unix_timestamp(at).unwrap();
         at.format(&time::format_description::well_known::Rfc3339).unwrap()
     }
@@ -88,15 +93,85 @@ fn an_expiry_that_comes_ends_the_users_sessions() {
     });
 }
 
+/// Runs a test at noon on every database there is.
+fn on_each_at_noon(test: impl Fn(Planes, &Clock)) {
+    let run = |database: Option<String>| {
+        let folder = tempfile::tempdir().unwrap();
+        let clock = Clock::at_noon(folder.path());
+        let mut planes = Planes::start_as(database, "", clock.environment());
+        planes.token = planes.login_admin();
+        test(planes, &clock);
+    };
+    run(None);
+    on_server(|url, _| run(Some(url)));
+}
+
+/// A quota is there again when its period begins, and not before; of two control planes one sees to it.
+#[test]
+fn quotas_begin_anew_with_their_periods() {
+    const QUOTA: u64 = 100_000;
+    const PERIODS: [&str; 4] = ["day", "week", "month", "total"];
+    on_each_at_noon(|mut planes, clock| {
+        let second = planes.has_server().then(|| planes.second());
+        let (node, target) = (planes.node("edge"), source());
+        let ids = PERIODS.map(|period| {
+            let limits = json!({ "quota_bytes": QUOTA, "quota_period": period });
+            planes.user(period, json!({ "limits": limits }))
+        });
+        let began = |period: &str, day: i64| {
+            let at = time::OffsetDateTime::from_unix_timestamp(clock.now(day * DAY)).unwrap();
+            let date = at.date();
+            match period {
+                "day" => date,
+                "week" => {
+                    date - time::Duration::days(date.weekday().number_days_from_monday().into())
+                }
+                "month" => date.replace_day(1).unwrap(),
+                _ => time::Date::MIN,
+            }
+        };
+        let (mut spent, mut before) = ([0; 4], 0);
+        for day in [0, 1, 7, 8, 40] {
+            clock.step(day * DAY);
+            // The token of the day before is over.
+            planes.token = planes.login_admin();
+            for (index, period) in PERIODS.iter().enumerate() {
+                if day > 0 && began(period, before) == began(period, day) {
+                    assert!(node.tunnel(period, target).is_err(), "{period}, day {day}");
+                    continue;
+                }
+                // The first is a day's, which is always there again. For a second a node may hold what
+                // it knew of the day before.
+                let came = await_some(&format!("quota of a {period}, day {day}"), || {
+                    let came = drink(node.tunnel(period, target).ok()?);
+                    (came > 0).then_some(came)
+                });
+                spent[index] += QUOTA;
+                assert!(came <= QUOTA, "{period}, day {day}: {came}");
+                await_some("the sum", || (planes.used(&ids[index]) == spent[index]).then_some(()));
+                await_some("refusal", || node.tunnel(period, target).err());
+                let usage =
+                    planes.must("GET", &format!("/users/{}/usage", ids[index]), Value::Null);
+                assert_eq!(usage["used"], QUOTA, "{usage}");
+            }
+            before = day;
+        }
+        assert_eq!(spent[3], QUOTA);
+        pause(Duration::from_millis(1500));
+        let days = planes.must("GET", "/logs/audit?action=quota.day", Value::Null);
+        assert_eq!(days["total"], 5, "{days}");
+        drop(second);
+    });
+}
+
 #[test]
 fn clocks_may_step_under_load() {
+    on_each_at_noon(clocks_step);
+}
+
+fn clocks_step(mut planes: Planes, clock: &Clock) {
     const RATE: u64 = 4_000_000;
     const QUOTA: usize = 1_000_000;
-    let folder = tempfile::tempdir().unwrap();
-    let clock = Clock::at_noon(folder.path());
-    let mut planes = Planes::start_as(None, "", clock.environment());
-    let login = |planes: &Planes| planes.login("admin", &planes.admin_password()).unwrap();
-    planes.token = login(&planes);
     let (node, target) = (planes.node("edge"), echo());
     let early = planes.token.clone();
 
@@ -159,7 +234,7 @@ fn clocks_may_step_under_load() {
     spend(QUOTA);
     clock.step(DAY);
     pause(Duration::from_millis(500));
-    planes.token = login(&planes);
+    planes.token = planes.login_admin();
     let used = |planes: &Planes| planes.used(&id);
     await_some("bytes", || (used(&planes) == QUOTA as u64).then_some(()));
     await_some("tunnel of the next day", || node.tunnel("ann", target).ok());

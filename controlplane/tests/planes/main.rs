@@ -7,6 +7,8 @@ mod accounting;
 mod api;
 mod boots;
 mod clock;
+mod database;
 mod faults;
 mod policy;
+mod reports;
 mod support;

@@ -4,7 +4,7 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     fs,
     io::{ErrorKind, Read, Write},
-    net::TcpStream,
+    net::{TcpListener, TcpStream},
     os::unix::fs::PermissionsExt,
     process::Command,
     sync::atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed},
@@ -105,6 +105,40 @@ fn filters_rules_and_the_whitelist_are_followed() {
             Value::Null,
         );
         allowed();
+    });
+}
+
+/// RELIABILITY C7: a thousand sessions of a user end within a second, and none of another's.
+#[test]
+fn a_user_of_a_thousand_sessions_is_disabled() {
+    const SESSIONS: usize = 1000;
+    on_each(|planes| {
+        // Its connections stay, and nothing is said.
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let target = listener.local_addr().unwrap();
+        thread::spawn(move || listener.incoming().collect::<Vec<_>>());
+        let node = planes.node("edge");
+        let ids = ["ann", "bob"].map(|name| planes.user(name, json!({})));
+        let tunnel = |name: &str| await_some("tunnel", || node.tunnel(name, target).ok());
+        let anns: Vec<TcpStream> = (0..SESSIONS).map(|_| tunnel("ann")).collect();
+        let bobs: Vec<TcpStream> = (0..50).map(|_| tunnel("bob")).collect();
+        let began = Instant::now();
+        planes.must("PATCH", &format!("/users/{}", ids[0]), json!({ "status": "disabled" }));
+        for mut stream in anns {
+            await_cut(&mut stream);
+        }
+        assert!(began.elapsed() < Duration::from_secs(1), "{:?}", began.elapsed());
+        for mut stream in &bobs {
+            stream.set_nonblocking(true).unwrap();
+            let there = stream.read(&mut [0]).unwrap_err();
+            assert_eq!(there.kind(), ErrorKind::WouldBlock);
+        }
+        assert_eq!(node.metric("culvert_sessions_active"), 50.0);
+        let logs = format!("/logs/access?user_id={}&end=revoked", ids[0]);
+        await_some("their records", || {
+            let total = &planes.must("GET", &logs, Value::Null)["total"];
+            (*total == SESSIONS).then_some(())
+        });
     });
 }
 

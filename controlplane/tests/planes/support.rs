@@ -294,6 +294,11 @@ impl Planes {
         PathBuf::from(format!("/proc/{}/root{}", self.control.id(), path.display()))
     }
 
+    /// Whether its database is a server's.
+    pub fn has_server(&self) -> bool {
+        self.database.is_some()
+    }
+
     pub fn admin_password(&self) -> String {
         let password = fs::read_to_string(self.state().join("initial-admin")).unwrap();
         password.trim().split(' ').nth(1).unwrap().to_owned()
