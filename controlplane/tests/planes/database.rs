@@ -241,7 +241,8 @@ fn connections_to_what_was_the_primary_are_not_kept() {
     });
 }
 
-/// A control plane that starts before its database says so to whoever asks, can be ended, and goes on by itself.
+/// RELIABILITY C9: a control plane that starts before its database says so to whoever asks, can be ended, and
+/// goes on by itself. A node serves from its copy meanwhile, and without one opens to nobody.
 #[test]
 fn a_control_plane_waits_for_its_database() {
     on_server(|url, socket| {
@@ -249,6 +250,9 @@ fn a_control_plane_waits_for_its_database() {
         let gate = Gate::before(socket, folder.path());
         let mut planes = Planes::start(Some(url.replace(socket, gate.path.to_str().unwrap())));
         let id = planes.user("ann", json!({}));
+        let (mut node, target) = (planes.node("edge"), echo());
+        await_some("tunnel", || node.tunnel("ann", target).ok());
+        node.program.terminate();
         planes.control.terminate();
         gate.close();
         for ends in [true, false] {
@@ -265,9 +269,14 @@ fn a_control_plane_waits_for_its_database() {
         }
         let (done, said) = planes.command(&["user", "list"], "");
         assert!(!done && said.contains("see database.url"), "{said}");
+        planes.again(&mut node);
+        let fresh = planes.node_alone("fresh");
+        let moved = transfer(&node, "ann", target, 10_000);
+        assert_eq!(fresh.tunnel("ann", target).err(), Some(255));
         gate.open();
         planes.await_listening();
-        assert_eq!(planes.used(&id), 0);
+        await_some("tunnel", || fresh.tunnel("ann", target).ok());
+        await_some("bytes", || (planes.used(&id) == moved).then_some(()));
     });
 }
 
@@ -437,6 +446,35 @@ fn a_database_without_room_is_told_and_survived() {
         await_some("all records", || (sessions() >= 52).then_some(()));
         pause(Duration::from_millis(1500));
         assert_eq!((planes.used(&id), sessions()), (moved, 52));
+    });
+}
+
+/// RELIABILITY D8: SQLite's log grows while somebody reads for long, and is cut again afterwards.
+#[test]
+fn a_log_that_has_grown_is_cut() {
+    let planes = Planes::start(None);
+    let wal = || fs::metadata(planes.state().join("culvert.db-wal")).unwrap().len();
+    let mut reader = Command::new("sqlite3")
+        .arg(planes.state().join("culvert.db"))
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut say = reader.stdin.take().unwrap();
+    say.write_all(b"BEGIN; SELECT count(*) FROM users;\n").unwrap();
+    BufReader::new(reader.stdout.take().unwrap()).read_line(&mut String::new()).unwrap();
+    for number in 0..90 {
+        planes.sql(&format!("INSERT INTO settings VALUES ('{number}', '{}')", "1".repeat(1 << 20)));
+    }
+    assert!(wal() > 80 << 20, "{}", wal());
+    planes.sql("DELETE FROM settings WHERE length(value) > 1000");
+    drop(say);
+    reader.wait().unwrap();
+    let mut number = 0;
+    await_some("a short log", || {
+        number += 1;
+        planes.must("POST", "/whitelist", json!({ "cidr": format!("10.0.{number}.0/24") }));
+        (wal() <= 64 << 20).then_some(())
     });
 }
 

@@ -206,6 +206,23 @@ mod tests {
     }
 
     #[test]
+    fn what_has_no_room_is_refused_until_there_is_some() {
+        let dir = tempfile::tempdir().unwrap();
+        let spool = Spool::new(dir.path(), 5).unwrap();
+        let json = vec![b'x'; 1 << 20];
+        let kept = (0..).take_while(|_| spool.push(1, &json, drop)).count();
+        assert_eq!(kept, 255);
+        assert!(spool.push(1, b"{}", drop), "a small one has room");
+        let length = || std::fs::metadata(dir.path().join(file_name(5))).unwrap().len();
+        assert!(length() <= BYTES_MAX);
+        spool.acknowledge(20);
+        assert!(spool.push(1, &json, drop));
+        // Numbers go on, whatever was refused.
+        assert_eq!(sequences(&spool, 254), [255, 256, 257]);
+        assert!(length() <= BYTES_MAX);
+    }
+
+    #[test]
     fn a_long_file_is_shortened() {
         let dir = tempfile::tempdir().unwrap();
         let spool = Spool::new(dir.path(), 5).unwrap();
