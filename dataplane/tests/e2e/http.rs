@@ -2,7 +2,7 @@
 
 use std::{
     io::{BufRead, BufReader, Read, Write},
-    net::{SocketAddr, TcpStream},
+    net::{Shutdown, SocketAddr, TcpStream},
     sync::{Arc, Mutex},
     time::{Duration, Instant},
 };
@@ -196,32 +196,297 @@ fn pipelined_requests_are_answered_in_order() {
     }
 }
 
+/// A target that keeps every byte it is sent, and answers each head.
+fn recorder(received: Arc<Mutex<Vec<u8>>>) -> SocketAddr {
+    target(move |mut stream| {
+        let (mut part, mut own) = ([0; 4096], Vec::new());
+        let mut heads = 0;
+        while let Ok(bytes @ 1..) = stream.read(&mut part) {
+            received.lock().unwrap().extend_from_slice(&part[..bytes]);
+            own.extend_from_slice(&part[..bytes]);
+            let seen = own.windows(4).filter(|window| window == b"\r\n\r\n").count();
+            for _ in heads..seen {
+                let _ = stream.write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok");
+            }
+            heads = seen;
+        }
+    })
+}
+
+/// Sends bytes and nothing more; gives what comes.
+fn say(proxy: &TestProxy, bytes: &[u8]) -> String {
+    let mut stream = proxy.connect();
+    let mut answer = Vec::new();
+    // It may be cut before all is sent.
+    if stream.write_all(bytes).is_ok() {
+        let _ = stream.shutdown(Shutdown::Write);
+    }
+    let _ = stream.read_to_end(&mut answer);
+    String::from_utf8_lossy(&answer).into_owned()
+}
+
+/// RELIABILITY G5: what could be read in two ways is refused, and what follows a request is another one.
 #[test]
 fn nothing_is_smuggled_past_the_proxy() {
     let proxy = with_ann();
-    let requests: Arc<Mutex<Vec<String>>> = Arc::default();
-    let target = server(Arc::clone(&requests));
+    let received: Arc<Mutex<Vec<u8>>> = Arc::default();
+    let target = recorder(Arc::clone(&received));
+    // It has no login: refused if it is read as a request.
     let canary = format!("GET http://{target}/canary HTTP/1.1\r\nHost: x\r\n\r\n");
-    for fields in [
-        "Content-Length: 6\r\nTransfer-Encoding: chunked\r\n",
-        "Transfer-Encoding: chunked\r\nTransfer-Encoding: identity\r\n",
-        "Transfer-Encoding: xchunked\r\n",
-        "Transfer-Encoding : chunked\r\n",
-        "Content-Length: 0\r\nContent-Length: 44\r\n",
-        "Content-Length: +5\r\n",
-        "X: a\n\nGET /canary HTTP/1.1\r\n",
-        "Connection: content-length\r\nContent-Length: 5\r\n",
-    ] {
-        let mut stream = proxy.connect();
-        let request = format!(
-            "POST http://{target}/ HTTP/1.1\r\nHost: x\r\n{LOGIN}{fields}\r\n0\r\n\r\n{canary}"
-        );
-        stream.write_all(request.as_bytes()).unwrap();
-        let mut text = String::new();
-        stream.read_to_string(&mut text).unwrap();
-        assert!(text.starts_with("HTTP/1.1 400 "), "{fields:?}: {text}");
+    // Fields of a request that is refused as it is.
+    let fields: &[&[u8]] = &[
+        b"Content-Length: 6\r\nTransfer-Encoding: chunked",
+        b"Transfer-Encoding: chunked\r\nContent-Length: 6",
+        b"Content-Length: 0\r\nContent-Length: 44",
+        b"Content-Length: 5\r\nContent-Length: 5",
+        b"Content-Length: 5\r\ncontent-length: 5",
+        b"Content-Length: 5, 5",
+        b"Content-Length: 5, 6",
+        b"Content-Length: +5",
+        b"Content-Length: -5",
+        b"Content-Length: 0x5",
+        b"Content-Length: 5.0",
+        b"Content-Length: 5e1",
+        b"Content-Length: 5 5",
+        b"Content-Length: 5;",
+        b"Content-Length:",
+        b"Content-Length: ",
+        b"Content-Length: \x0b5",
+        b"Content-Length: 5\x0c",
+        b"Content-Length: 5\0",
+        b"Content-Length: \xef\xbc\x95",
+        b"Content-Length: 99999999999999999999",
+        b"Content-Length: 18446744073709551617",
+        b"Content-Length : 5",
+        b"Content-Length\t: 5",
+        b"Content-Length\0: 5",
+        b"Content-Length",
+        b"Transfer-Encoding: chunked\r\nTransfer-Encoding: chunked",
+        b"Transfer-Encoding: chunked\r\nTransfer-Encoding: identity",
+        b"Transfer-Encoding: identity\r\nTransfer-Encoding: chunked",
+        b"Transfer-Encoding: chunked, chunked",
+        b"Transfer-Encoding: gzip, chunked",
+        b"Transfer-Encoding: chunked, identity",
+        b"Transfer-Encoding: identity",
+        b"Transfer-Encoding: xchunked",
+        b"Transfer-Encoding: chunkedx",
+        b"Transfer-Encoding: x",
+        b"Transfer-Encoding:",
+        b"Transfer-Encoding: ,chunked",
+        b"Transfer-Encoding: chunked;q=1",
+        b"Transfer-Encoding: \"chunked\"",
+        b"Transfer-Encoding: chun ked",
+        b"Transfer-Encoding: \x0bchunked",
+        b"Transfer-Encoding: chunked\x0c",
+        b"Transfer-Encoding: chunked\0",
+        b"Transfer-Encoding : chunked",
+        b"Transfer-Encoding\t: chunked",
+        b"Transfer-Encoding\0: chunked",
+        b"Transfer-Encoding: chunked\nX: y",
+        b"Transfer-Encoding: chunked\r\r",
+        b"Transfer-Encoding: chunked\r\n ",
+        b"Transfer-Encoding:\r\n chunked",
+        b"X: y\r\n Transfer-Encoding: chunked",
+        b"X: y\r\n\tTransfer-Encoding: chunked",
+        b"X: y\rTransfer-Encoding: chunked",
+        b"X: y\nTransfer-Encoding: chunked",
+        b" Transfer-Encoding: chunked",
+        b"X: a\n\nGET /canary HTTP/1.1",
+        b"X: a\r\r\nY: b",
+        b"X: a\0b",
+        b"X\0: a",
+        b"X Y: a",
+        b"X(: a",
+        b"X\xff: a",
+        b": a",
+        b"no colon",
+        b"Host: y",
+        b"Host : y",
+        b"Connection: content-length\r\nContent-Length: 5",
+        b"Connection: close, Content-Length\r\nContent-Length: 5",
+        b"Connection: transfer-encoding\r\nTransfer-Encoding: chunked",
+        b"Connection: host",
+        b"Proxy-Connection: host",
+    ];
+    // Lines of a request that is refused as it is.
+    let lines: &[&str] = &[
+        "GET  {} HTTP/1.1",
+        "GET {}  HTTP/1.1",
+        "GET\t{} HTTP/1.1",
+        "GET {} HTTP/1.1 ",
+        "GET {} HTTP/1.1\t",
+        "GET {} HTTP/1.1\0",
+        "GET {}\0 HTTP/1.1",
+        "GET {}\x7f HTTP/1.1",
+        "GET {}a b HTTP/1.1",
+        "G\0ET {} HTTP/1.1",
+        "GE(T {} HTTP/1.1",
+        "GET {} HTTP/1.2",
+        "GET {} HTTP/2.0",
+        "GET {} HTTP/0.9",
+        "GET {} HTTP/11",
+        "GET {} http/1.1",
+        "GET {} HTTP/1.1\nX: y",
+        "GET {} HTTP/1.1\rX: y",
+        "GET {}",
+        "GET / HTTP/1.1",
+        "GET ftp://127.0.0.1/ HTTP/1.1",
+        "GET http:// HTTP/1.1",
+        "GET http:///x HTTP/1.1",
+        "GET http://127.0.0.1:0x50/ HTTP/1.1",
+        "GET http://127.0.0.1:+80/ HTTP/1.1",
+        "GET http://127.0.0.1:65536/ HTTP/1.1",
+        "GET http://127.0.0.1:80:80/ HTTP/1.1",
+        "GET http://ann@127.0.0.1/ HTTP/1.1",
+    ];
+    // Chunks that are none; the request itself is well formed.
+    let chunks: &[&[u8]] = &[
+        b"5 \r\nhello",
+        b" 5\r\nhello",
+        b"+5\r\nhello",
+        b"-5\r\nhello",
+        b"0x5\r\nhello",
+        b"5_0\r\nhello",
+        b"g\r\nhello",
+        b"\r\nhello",
+        b"5\nhello",
+        b"5\rhello",
+        b"5\r\nhello\n",
+        b"5\r\nhelloXX",
+        b"5\r\nhello5\r\nhello",
+        b"5;\nhello",
+        b"5;a=\0\r\nhello",
+        b"fffffffffffffffff\r\nhello",
+        b"10000000000000005\r\nhello",
+        b"0\n\r\n",
+        b"0\r\n\n",
+        b"0\r\nX y\r\n\r\n",
+        b"0\r\n X: y\r\n\r\n",
+        b"0\r\nX: y\n\r\n",
+    ];
+    let url = format!("http://{target}/");
+    let taken = || std::mem::take(&mut *received.lock().unwrap());
+    let whole = |line: &str, fields: &[u8]| {
+        let head = format!("{line}\r\nHost: x\r\n{LOGIN}");
+        [head.as_bytes(), fields, b"\r\n\r\n0\r\n\r\n", canary.as_bytes()].concat()
+    };
+    let post = format!("POST {url} HTTP/1.1");
+    let of_fields = fields.iter().map(|fields| whole(&post, fields));
+    let of_lines = lines.iter().map(|line| whole(&line.replace("{}", &url), b"X: y"));
+    let of_versions =
+        std::iter::once(whole(&format!("POST {url} HTTP/1.0"), b"Transfer-Encoding: chunked"));
+    let mut count = chunks.len();
+    for request in of_fields.chain(of_lines).chain(of_versions) {
+        let said = say(&proxy, &request);
+        let shown = String::from_utf8_lossy(&request);
+        let refused =
+            ["HTTP/1.1 400 ", "HTTP/1.1 505 "].iter().any(|start| said.starts_with(start));
+        assert!(refused, "{shown:?}: {said:?}");
+        assert_eq!(String::from_utf8_lossy(&taken()), "", "{shown:?}");
+        count += 1;
     }
-    assert_eq!(*requests.lock().unwrap(), Vec::<String>::new());
+    for chunk in chunks {
+        let head = format!("{post}\r\nHost: x\r\n{LOGIN}Transfer-Encoding: chunked\r\n\r\n");
+        let request = [head.as_bytes(), chunk, b"\r\n0\r\n\r\n", canary.as_bytes()].concat();
+        let said = say(&proxy, &request);
+        let came = String::from_utf8_lossy(&taken()).into_owned();
+        assert!(!came.contains("canary"), "{:?}: {came:?}", String::from_utf8_lossy(chunk));
+        // The head may have been answered; nothing of the rest.
+        assert!(said.matches("HTTP/1.1 200 ").count() <= 1, "{said:?}");
+    }
+    assert!(count >= 87, "{count}");
+
+    // What is well formed is passed on, and the next request is the proxy's to judge.
+    for fields in [
+        "",
+        "Content-Length: 0\r\n",
+        "Connection: upgrade\r\nUpgrade: chat\r\n",
+        "Expect: 100-continue\r\n",
+        "Transfer_Encoding: chunked\r\n",
+        "X: \u{e9}\r\n",
+    ] {
+        let request = format!("{post}\r\nHost: x\r\n{LOGIN}{fields}\r\n{canary}");
+        let said = say(&proxy, request.as_bytes());
+        assert!(said.starts_with("HTTP/1.1 200 ") && said.contains("HTTP/1.1 407 "), "{said:?}");
+        let came = String::from_utf8_lossy(&taken()).into_owned();
+        assert!(came.starts_with("POST / HTTP/1.1\r\n") && !came.contains("canary"), "{came:?}");
+    }
+}
+
+/// RELIABILITY G6: what is between the client and the proxy stays there.
+#[test]
+fn what_is_for_the_proxy_goes_no_further() {
+    let proxy = with_ann();
+    let received: Arc<Mutex<Vec<u8>>> = Arc::default();
+    let target = recorder(Arc::clone(&received));
+    let own = [
+        "Proxy-Connection: keep-alive",
+        "Connection: keep-alive",
+        "Connection: x-secret\r\nX-Secret: canary",
+        "Connection: X-Secret, keep-alive\r\nx-secret: canary",
+        "Connection: keep-alive\r\nConnection: x-secret\r\nX-SECRET: canary",
+        "Proxy-Connection: x-secret\r\nX-Secret: canary",
+        "X-Secret: canary\r\nConnection: ,, x-secret ,",
+        "X-Secret: canary\r\nX-Secret: canary\r\nConnection: x-secret",
+        "Connection: cookie\r\nCookie: canary",
+        "Connection: authorization\r\nAuthorization: Basic canary",
+        "Keep-Alive: timeout=canary",
+        "Proxy-Authenticate: Basic realm=canary",
+        "Proxy-Authentication-Info: canary",
+        "TE: canary",
+        "Connection: TE\r\nTE: canary",
+        "Trailer: canary",
+        "Upgrade: canary",
+        "X-Proxy-Username: canary",
+        "X-Proxy-Password: canary",
+        "x-proxy-password: canary\r\nX-PROXY-USERNAME: canary",
+    ];
+    let others = [
+        "Authorization: Basic passes",
+        "Cookie: passes=1",
+        "X-Forwarded-For: passes",
+        "Via: 1.1 passes",
+        "Accept: passes",
+        "Range: bytes=0-1",
+        "If-None-Match: passes",
+        "Connection: keep-alive\r\nX-Other: passes",
+        "User-Agent: passes",
+        "X-Proxy-Other: passes",
+    ];
+    for (fields, passes) in own.map(|of| (of, false)).into_iter().chain(others.map(|of| (of, true)))
+    {
+        for login in
+            [LOGIN, &LOGIN.to_ascii_uppercase().replace("YW5UONNLY3JLDA==", "YW5uOnNlY3JldA==")]
+        {
+            let mut stream = proxy.connect();
+            write!(stream, "GET http://{target}/ HTTP/1.1\r\nHost: x\r\n{login}{fields}\r\n\r\n")
+                .unwrap();
+            let said = answer(&mut stream);
+            assert!(said.starts_with("HTTP/1.1 200 "), "{fields:?}: {said:?}");
+            let came = std::mem::take(&mut *received.lock().unwrap());
+            let came = String::from_utf8(came).unwrap();
+            let lower = came.to_ascii_lowercase();
+            for never in ["proxy-authorization", "yw5uonnly3jlda", "canary", "proxy-connection"] {
+                assert!(!lower.contains(never), "{fields:?}: {came:?}");
+            }
+            let (_, field) = fields.rsplit_once("\r\n").unwrap_or(("", fields));
+            assert_eq!(came.contains(field), passes, "{fields:?}: {came:?}");
+        }
+    }
+    // Nor is any of it written down.
+    proxy.await_records(1);
+    let written =
+        proxy.log() + &proxy.records().iter().map(|of| of.to_string()).collect::<String>();
+    for never in ["YW5uOnNlY3JldA", "canary", "secret\""] {
+        assert!(!written.contains(never), "{never}");
+    }
+    // A head has at most 100 fields.
+    let many = |count: usize| {
+        let fields: String = (0..count).map(|n| format!("X-{n}: y\r\n")).collect();
+        get(&mut proxy.connect(), target, "/", &format!("{LOGIN}{fields}"))
+    };
+    assert!(many(98).starts_with("HTTP/1.1 200 "));
+    assert!(many(99).starts_with("HTTP/1.1 431 "), "{}", many(99));
 }
 
 #[test]
