@@ -82,7 +82,10 @@ fn without_descriptors_the_node_neither_spins_nor_dies() {
     let lines = proxy.log().lines().count() as u64;
     assert!(lines <= 10 + time.as_secs(), "{}", proxy.log());
     drop(crowd);
+    let freed = Instant::now();
     await_some("service again", || proxy.socks5(None, &Target::from(target)).is_ok().then_some(()));
+    assert!(freed.elapsed() < Duration::from_secs(1), "{:?}", freed.elapsed());
+    assert!(proxy.metric("culvert_accept_exhausted_total") > 0.0);
 }
 
 /// RELIABILITY B3.
@@ -165,6 +168,23 @@ fn without_a_ring_the_node_runs_on_epoll_and_says_why() {
         proxy.signal("-TERM");
         proxy.await_end();
     }
+}
+
+/// A kernel before 6.1, which knows neither SINGLE_ISSUER nor DEFER_TASKRUN.
+#[test]
+fn an_older_kernels_ring_is_taken_as_it_is() {
+    // It is asked for in vain, then a plainer one is.
+    let inject = "inject=io_uring_setup:error=EINVAL:when=1";
+    let trace = "trace=io_uring_setup";
+    let proxy = Setup::new()
+        .with("[node]\nworkers = 1")
+        .through(&["strace", "-f", "-qq", "-o", "/dev/null", "-e", trace, "-e", inject])
+        .start();
+    if std::env::var("TEST_DRIVER").is_err() {
+        let driver = "culvert_io_driver{worker=\"0\",driver=\"io_uring\"}";
+        assert_eq!(proxy.metric(driver), 1.0, "{}", proxy.log());
+    }
+    ping(&mut proxy.tunnel(None, echo())).unwrap();
 }
 
 /// RELIABILITY B8: where rings are only smaller, or memory may hardly be locked, the node starts all the same.

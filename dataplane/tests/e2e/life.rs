@@ -1,6 +1,7 @@
 //! Start, health, drain, commands.
 
 use std::{
+    collections::{HashMap, HashSet},
     io::{BufRead, BufReader, Read, Write},
     net::{SocketAddr, TcpStream},
     os::unix::fs::{OpenOptionsExt, PermissionsExt},
@@ -16,7 +17,9 @@ use std::{
 use culvert_proto::Target;
 use serde_json::json;
 
-use crate::support::{PASSWORD, Setup, await_some, echo, is_soak, pause, ping, rounds, target};
+use crate::support::{
+    PASSWORD, PATIENCE, Setup, await_some, closed_port, echo, is_soak, pause, ping, rounds, target,
+};
 
 fn culvert(arguments: &[&str], input: &str) -> (bool, String, String) {
     let mut child = Command::new(env!("CARGO_BIN_EXE_culvert"))
@@ -79,6 +82,127 @@ fn a_drain_lets_sessions_end_and_cuts_them_at_the_deadline() {
         proxy.records().iter().map(|record| record["end"].as_str().unwrap().to_owned()).collect();
     ends.sort();
     assert_eq!(ends, ["drained", "finished"]);
+}
+
+/// RELIABILITY C3, with clients in every state, and more that come all the time.
+#[test]
+fn a_drain_finds_clients_in_every_state() {
+    let mut proxy = Setup::new().with("[timeouts]\ndrain = '20s'").start();
+    let target = echo();
+    let mut relays: Vec<TcpStream> = (0..20).map(|_| proxy.tunnel(None, target)).collect();
+    relays.iter_mut().for_each(|stream| ping(stream).unwrap());
+    // Nothing said; half a greeting; greeted; between two requests.
+    let mut early: Vec<TcpStream> = (0..4).map(|_| proxy.connect()).collect();
+    early[1].write_all(&[5, 2]).unwrap();
+    early[2].write_all(&[5, 1, 0]).unwrap();
+    early[2].read_exact(&mut [0; 2]).unwrap();
+    let closed = closed_port();
+    write!(early[3], "GET http://{closed}/ HTTP/1.1\r\nHost: x\r\n\r\n").unwrap();
+    let mut answer = [0; 512];
+    let read = early[3].read(&mut answer).unwrap();
+    assert!(answer[..read].starts_with(b"HTTP/1.1 502 "));
+    let over = AtomicBool::new(false);
+    let address = proxy.address;
+    let (served, last) = thread::scope(|scope| {
+        let comers = scope.spawn(|| {
+            let (mut served, mut last) = (0, None);
+            while !over.load(Relaxed) {
+                let Ok(mut stream) = TcpStream::connect(address) else { continue };
+                stream.set_read_timeout(Some(PATIENCE)).unwrap();
+                let request =
+                    [&[5, 1, 0, 5, 1, 0, 1, 127, 0, 0, 1][..], &target.port().to_be_bytes()];
+                let mut reply = [0; 12];
+                let done = stream
+                    .write_all(&request.concat())
+                    .and_then(|()| stream.read_exact(&mut reply));
+                // Whoever is told yes is served.
+                if done.is_ok() && reply[3] == 0 {
+                    ping(&mut stream).unwrap();
+                    (served, last) = (served + 1, Some(Instant::now()));
+                }
+            }
+            (served, last)
+        });
+        await_some("comers", || {
+            (proxy.metric("culvert_bytes_total{direction=\"up\"}") > 200.0).then_some(())
+        });
+        let began = Instant::now();
+        proxy.signal("-TERM");
+        await_some("readiness to go", || (proxy.admin("/readyz").0 == 503).then_some(()));
+        let bound = Duration::from_millis(if is_soak() { 100 } else { 1000 });
+        assert!(began.elapsed() < bound, "{:?}", began.elapsed());
+        for mut stream in early {
+            // Ended, whether in order or by a reset.
+            assert!(!matches!(stream.read(&mut [0]), Ok(1..)));
+        }
+        assert!(began.elapsed() < Duration::from_secs(1), "{:?}", began.elapsed());
+        await_some("closed doors", || TcpStream::connect(address).err());
+        let closed = Instant::now();
+        relays.iter_mut().for_each(|stream| ping(stream).unwrap());
+        over.store(true, Relaxed);
+        let (served, last) = comers.join().unwrap();
+        assert!(last.is_none_or(|last| last < closed + Duration::from_millis(100)));
+        (served, last)
+    });
+    assert!(served > 0 && last.is_some());
+    drop(relays);
+    let began = Instant::now();
+    assert!(proxy.await_end().success());
+    // It waits for nobody who is gone.
+    assert!(began.elapsed() < Duration::from_secs(2), "{:?}", began.elapsed());
+    let records = proxy.records();
+    let finished = records.iter().filter(|of| of["end"] == "finished");
+    let bytes: Vec<u64> = finished.map(|of| of["bytes_up"].as_u64().unwrap()).collect();
+    assert_eq!(bytes.iter().filter(|bytes| **bytes == 8).count(), 20, "{bytes:?}");
+    assert_eq!(bytes.iter().filter(|bytes| **bytes == 4).count(), served, "{bytes:?}");
+}
+
+/// What is served as metrics is what Prometheus reads.
+#[test]
+fn metrics_are_well_formed() {
+    let proxy = Setup::new().user("ann", "").start();
+    let target = echo();
+    ping(&mut proxy.tunnel(Some("ann"), target)).unwrap();
+    assert!(proxy.socks5(Some(("ann", "wrong")), &Target::from(target)).is_err());
+    assert!(proxy.socks5(None, &Target::from(closed_port())).is_err());
+    let text = proxy.admin("/metrics").1;
+    let (mut kinds, mut seen) = (HashMap::new(), HashSet::new());
+    let mut family = "";
+    let is_name = |name: &str| {
+        name.starts_with("culvert_")
+            && name
+                .bytes()
+                .all(|byte| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'_')
+    };
+    for line in text.lines().filter(|line| !line.is_empty()) {
+        if let Some(rest) = line.strip_prefix("# TYPE ") {
+            let (name, kind) = rest.split_once(' ').unwrap();
+            assert!(is_name(name) && kinds.insert(name, kind).is_none(), "{line}");
+            assert!(["counter", "gauge", "histogram"].contains(&kind), "{line}");
+            assert_eq!(kind == "counter", name.ends_with("_total"), "{line}");
+            family = name;
+        } else if let Some(rest) = line.strip_prefix("# HELP ") {
+            assert!(rest.split_once(' ').is_some_and(|(_, help)| !help.is_empty()), "{line}");
+        } else {
+            let (sample, value) = line.rsplit_once(' ').unwrap();
+            let value: f64 = value.parse().unwrap();
+            assert!(value >= 0.0 && seen.insert(sample), "{line}");
+            let (name, labels) = sample.split_once('{').unwrap_or((sample, "}"));
+            assert!(labels.ends_with('}'), "{line}");
+            let of = ["_bucket", "_sum", "_count"].iter().find_map(|end| name.strip_suffix(end));
+            // Samples stand with their family.
+            let is_of = name == family || (of == Some(family) && kinds[family] == "histogram");
+            assert!(is_of && is_name(name), "{line} in {family}");
+        }
+    }
+    for histogram in kinds.iter().filter(|(_, kind)| **kind == "histogram").map(|(name, _)| name) {
+        let buckets =
+            text.lines().filter(|line| line.starts_with(&format!("{histogram}_bucket{{")));
+        let counts: Vec<f64> =
+            buckets.map(|line| line.rsplit_once(' ').unwrap().1.parse().unwrap()).collect();
+        assert!(counts.len() > 3, "{histogram}");
+    }
+    assert!(kinds.len() > 20, "{kinds:?}");
 }
 
 #[test]

@@ -73,10 +73,13 @@ fn half_a_connection_goes_on_when_the_other_half_has_ended() {
 fn half_closed_relays_with_a_silent_peer_end() {
     let proxy = Setup::new().with("[timeouts]\nhalf_close = '1s'").start();
     let before = proxy.descriptors();
-    // The target neither reads the end nor answers.
+    // One side ends, and the other neither reads that nor answers.
     let pairs = pairs(&proxy, rounds(200, 2000));
     let target = pairs[0].1.local_addr().unwrap().port();
-    pairs.iter().for_each(|(client, _)| client.shutdown(Shutdown::Write).unwrap());
+    for (index, (client, target)) in pairs.iter().enumerate() {
+        let ends = if index % 2 == 0 { client } else { target };
+        ends.shutdown(Shutdown::Write).unwrap();
+    }
     await_some("descriptors back", || (proxy.descriptors() <= before).then_some(()));
     let ended = "culvert_sessions_total{protocol=\"socks5\",end=\"half_close_timeout\"}";
     assert_eq!(proxy.metric(ended), pairs.len() as f64);
@@ -424,6 +427,37 @@ fn idle_relays_are_reaped_and_slow_ones_live() {
 fn a_users_rate_holds_over_all_connections_and_cores() {
     let limits = "limits = { up = '10Mbit/s', down = '10Mbit/s', burst = '100kB' }";
     ten_flows_share_ten_megabit(&Setup::new().user("ann", limits).start(), ["ann"; 2]);
+}
+
+/// RELIABILITY D5, the other way: what clients send.
+#[test]
+fn a_users_rate_holds_for_what_is_sent() {
+    let limits = "limits = { up = '10Mbit/s', burst = '100kB' }";
+    let proxy = Setup::new().user("ann", limits).start();
+    let (sender, received) = std::sync::mpsc::channel();
+    let sink = target(move |mut stream| {
+        let mut buffer = vec![0; 64 * 1024];
+        while let Ok(read @ 1..) = stream.read(&mut buffer) {
+            let _ = sender.send((Instant::now(), read));
+        }
+    });
+    let time = Duration::from_secs(rounds(5, 10) as u64);
+    let streams: Vec<TcpStream> = (0..4).map(|_| proxy.tunnel(Some("ann"), sink)).collect();
+    let began = Instant::now();
+    thread::scope(|scope| {
+        for mut stream in &streams {
+            stream.set_write_timeout(Some(Duration::from_millis(100))).unwrap();
+            scope.spawn(move || {
+                while began.elapsed() < time {
+                    let _ = stream.write(&[1; 16 * 1024]);
+                }
+            });
+        }
+    });
+    let came = received.try_iter().take_while(|(at, _)| *at - began < time);
+    let total: usize = came.map(|(_, bytes)| bytes).sum();
+    let rate = (total as f64 - 100_000.0) / time.as_secs_f64();
+    assert!((rate / 1_250_000.0 - 1.0).abs() <= 0.03, "{rate} bytes a second");
 }
 
 #[test]
