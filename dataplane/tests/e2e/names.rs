@@ -3,7 +3,7 @@
 use std::{
     collections::HashMap,
     io::{Read, Write},
-    net::{IpAddr, SocketAddr, UdpSocket},
+    net::{IpAddr, SocketAddr, TcpListener, UdpSocket},
     sync::{
         Arc,
         atomic::{AtomicUsize, Ordering::Relaxed},
@@ -12,7 +12,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use crate::support::{Setup, TestProxy, echo, is_soak, named, ping, rounds, target};
+use crate::support::{Setup, TestProxy, echo, is_soak, named, pause, ping, rounds, target};
 
 type Zone = Box<dyn Fn(&str, usize) -> Vec<IpAddr> + Send>;
 
@@ -80,6 +80,90 @@ fn names_are_asked_for_once_and_kept() {
     // TTL 0 is kept for a second, by each worker; each question is two (A and AAAA).
     assert!(asked.load(Relaxed) <= 12, "{}", asked.load(Relaxed));
     assert!(proxy.metric("culvert_dns_lookups_total{from=\"cache\"}") >= 44.0);
+}
+
+/// What is asked at once is asked for once by each worker; what is old is asked for again, what is missing
+/// is remembered too.
+#[test]
+fn answers_are_shared_kept_and_forgotten() {
+    let (server, asked) = name_server(Box::new(|name, _| {
+        // So that all who ask at once wait for the first one's answer.
+        pause(Duration::from_millis(if name == "slow.example" { 300 } else { 0 }));
+        if name == "missing.example" { vec![] } else { vec![[127, 0, 0, 1].into()] }
+    }));
+    let proxy = Setup::new()
+        .with(&format!("[node]\nworkers = 2\n[dns]\nservers = ['{server}']\ntimeout = '2s'"))
+        .policy("allow_internal = ['127.0.0.0/8']")
+        .start();
+    let port = echo().port();
+    thread::scope(|scope| {
+        for _ in 0..60 {
+            scope.spawn(|| {
+                let stream = proxy.socks5(None, &named("slow.example", port));
+                ping(&mut stream.unwrap()).unwrap();
+            });
+        }
+    });
+    let mut before = asked.load(Relaxed);
+    // Two workers, two families.
+    assert!(before <= 4, "{before}");
+    // TTL 0 is kept for a second.
+    pause(Duration::from_millis(1100));
+    ping(&mut proxy.socks5(None, &named("slow.example", port)).unwrap()).unwrap();
+    assert!(asked.load(Relaxed) > before);
+    before = asked.load(Relaxed);
+    for _ in 0..40 {
+        assert_eq!(proxy.socks5(None, &named("missing.example", port)).err(), Some(4));
+    }
+    let more = asked.load(Relaxed) - before;
+    assert!(more <= 4, "{more}");
+}
+
+/// RFC 7766: an answer that does not fit is asked for by TCP.
+#[test]
+fn a_long_answer_comes_by_tcp() {
+    let (udp, tcp) = loop {
+        let udp = UdpSocket::bind("127.0.0.1:0").unwrap();
+        if let Ok(tcp) = TcpListener::bind(udp.local_addr().unwrap()) {
+            break (udp, tcp);
+        }
+    };
+    let server = udp.local_addr().unwrap();
+    thread::spawn(move || {
+        let mut packet = [0; 1500];
+        while let Ok((len, client)) = udp.recv_from(&mut packet) {
+            let none: Zone = Box::new(|_, _| Vec::new());
+            let mut answer = answer(&packet[..len], &none, 0).unwrap();
+            // TC.
+            answer[2] |= 2;
+            let _ = udp.send_to(&answer, client);
+        }
+    });
+    thread::spawn(move || {
+        for mut stream in tcp.incoming().flatten() {
+            thread::spawn(move || {
+                let zone: Zone = Box::new(|_, _| vec![[127, 0, 0, 1].into()]);
+                let mut length = [0; 2];
+                while stream.read_exact(&mut length).is_ok() {
+                    let mut question = vec![0; usize::from(u16::from_be_bytes(length))];
+                    stream.read_exact(&mut question).unwrap();
+                    let answer = answer(&question, &zone, 0).unwrap();
+                    let length = (answer.len() as u16).to_be_bytes();
+                    stream.write_all(&[&length[..], &answer].concat()).unwrap();
+                }
+            });
+        }
+    });
+    let proxy = with_server(server, "allow_internal = ['127.0.0.0/8']");
+    ping(&mut proxy.socks5(None, &named("long.example", echo().port())).unwrap()).unwrap();
+}
+
+/// The C library's resolver does as well.
+#[test]
+fn the_systems_resolver_knows_its_host() {
+    let proxy = Setup::new().with("[dns]\nmode = 'getaddrinfo'").start();
+    ping(&mut proxy.socks5(None, &named("localhost", echo().port())).unwrap()).unwrap();
+    assert_eq!(proxy.socks5(None, &named("missing.invalid", 80)).err(), Some(4));
 }
 
 /// RELIABILITY F1.
