@@ -88,7 +88,7 @@ fn names_are_asked_for_once_and_kept() {
 fn answers_are_shared_kept_and_forgotten() {
     let (server, asked) = name_server(Box::new(|name, _| {
         // So that all who ask at once wait for the first one's answer.
-        pause(Duration::from_millis(if name == "slow.example" { 300 } else { 0 }));
+        pause(Duration::from_millis(if name == "slow.example" { 100 } else { 0 }));
         if name == "missing.example" { vec![] } else { vec![[127, 0, 0, 1].into()] }
     }));
     let proxy = Setup::new()
