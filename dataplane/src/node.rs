@@ -580,6 +580,7 @@ async fn start_worker(
     let options = RuntimeOptions { driver: config.driver, ..RuntimeOptions::default() };
     let (built, driver) = oneshot::channel();
     thread::Builder::new().name(format!("worker-{index}")).spawn(move || {
+        culvert_rt::shorten_slice();
         if let Some(core) = core {
             let _ = culvert_rt::pin_to_core(core);
         }

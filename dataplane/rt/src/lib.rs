@@ -39,7 +39,8 @@ pub use listener::{Accepted, Listener, ListenerOptions, bind_listener, probe_lis
 pub use mailbox::{Full, Inbox, Mailbox, Sender, mailbox};
 pub use pipe::{PIPE_BYTES, PIPES_MAX, Pipe, set_pipes_max};
 pub use process::{
-    descriptor_limit, lower_priority, raise_descriptor_limit, refuse_huge_pages, thread_name,
+    descriptor_limit, lower_priority, raise_descriptor_limit, refuse_huge_pages, shorten_slice,
+    thread_name,
 };
 pub use runtime::{Driver, DriverChoice, Runtime, RuntimeError, RuntimeOptions, cq_overflow};
 pub use signal::Signal;

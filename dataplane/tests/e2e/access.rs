@@ -12,7 +12,8 @@ use base64::{Engine, prelude::BASE64_STANDARD};
 use culvert_proto::Target;
 
 use crate::support::{
-    HASH, PASSWORD, PATIENCE, Setup, closed_port, echo, is_soak, named, ping, rounds, target_on,
+    HASH, PASSWORD, PATIENCE, Setup, closed_port, echo, is_soak, named, pause, ping, rounds,
+    target_on,
 };
 
 #[test]
@@ -411,6 +412,86 @@ fn guesses_are_throttled_and_the_verified_user_is_not() {
     assert!(proxy.metric("culvert_auth_total{result=\"rejected\"}") <= 11.0);
     assert!(proxy.metric("culvert_auth_total{result=\"throttled\"}") >= 189.0);
     assert!(proxy.socks5(Some(("ann", PASSWORD)), &target).is_ok());
+}
+
+/// Hashes of others' making: this one is the reference implementation's own example.
+#[test]
+fn an_argon2id_hash_lets_its_user_in() {
+    const HASH: &str =
+        "$argon2id$v=19$m=256,t=2,p=1$c29tZXNhbHQ$nf65EOgLrQMR/uIPnA4rEsF5h7TKyQwu9U1bMCHGi/4";
+    let proxy = Setup::new()
+        .with("[auth]\nfailures_per_address = '100/1s'")
+        .and(&format!("[[policy.user]]\nname = 'ann'\npassword_hash = '{HASH}'"))
+        .start();
+    let target = Target::from(echo());
+    for wrong in ["Password", "password ", "passwor"] {
+        assert_eq!(proxy.socks5(Some(("ann", wrong)), &target).err(), Some(255), "{wrong:?}");
+    }
+    for _ in 0..2 {
+        ping(&mut proxy.socks5(Some(("ann", "password")), &target).unwrap()).unwrap();
+    }
+}
+
+/// RELIABILITY G2: guesses that each take a hash hold up neither relays nor who is known.
+#[test]
+fn a_flood_of_wrong_passwords_holds_up_nobody() {
+    // With the cost that those of the control plane have.
+    let hash = HASH.replace("$04$", "$10$");
+    let proxy = Setup::new()
+        .with("[auth]\nfailures_per_address = '1000000/1s'\nfailures_per_user = '1000000/1s'")
+        .user("ann", "")
+        .and(&format!("[[policy.user]]\nname = 'bob'\npassword_hash = '{hash}'"))
+        .start();
+    let target = echo();
+    let mut relay = proxy.tunnel(Some("ann"), target);
+    let slowest = |relay: &mut TcpStream, time: Duration| {
+        let (mut relayed, mut logged_in) = (Vec::new(), Vec::new());
+        let began = Instant::now();
+        while began.elapsed() < time {
+            let at = Instant::now();
+            ping(relay).unwrap();
+            relayed.push(at.elapsed());
+            let at = Instant::now();
+            drop(proxy.tunnel(Some("ann"), target));
+            logged_in.push(at.elapsed());
+        }
+        [relayed, logged_in].map(|mut times| {
+            times.sort();
+            times[times.len() * 99 / 100]
+        })
+    };
+    let time = Duration::from_secs(rounds(2, 30) as u64);
+    let alone = slowest(&mut relay, time);
+    let over = AtomicBool::new(false);
+    let (guesses, beside) = thread::scope(|scope| {
+        let guessers: Vec<_> = (0..rounds(20, 60))
+            .map(|guesser| {
+                let (proxy, over) = (&proxy, &over);
+                scope.spawn(move || {
+                    let mut guesses = 0;
+                    while !over.load(Relaxed) {
+                        let guess = format!("{guesser} {guesses}");
+                        let told = proxy.socks5(Some(("bob", &guess)), &Target::from(target));
+                        // Refused, or closed at the handshake's deadline.
+                        assert!(matches!(told, Err(255 | 254)));
+                        guesses += 1;
+                        // 200 a second and more are asked for.
+                        pause(Duration::from_millis(50));
+                    }
+                    guesses
+                })
+            })
+            .collect();
+        let beside = slowest(&mut relay, time);
+        over.store(true, Relaxed);
+        (guessers.into_iter().map(|guesser| guesser.join().unwrap()).sum::<usize>(), beside)
+    });
+    assert!(guesses > 20, "{guesses}");
+    if is_soak() {
+        assert!(beside[0] <= alone[0] + Duration::from_millis(2), "{beside:?}, alone {alone:?}");
+        assert!(beside[1] <= Duration::from_millis(5), "{beside:?}, alone {alone:?}");
+    }
+    assert!(proxy.tunnel(Some("ann"), target).peer_addr().is_ok());
 }
 
 /// RELIABILITY F2 and F4.
