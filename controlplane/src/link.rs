@@ -343,7 +343,7 @@ impl Hub {
         let mut known = node.row.generation.cast_unsigned();
         let (mut asked, mut questions) = (0, HashMap::new());
         let mut heard = Instant::now();
-        let mut trimmed = false;
+        let (mut trimmed, mut whole) = (false, false);
         let mut due = Some(Instant::now());
         let mut look = tokio::time::interval(LOOK);
         look.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
@@ -353,7 +353,11 @@ impl Hub {
                     heard = Instant::now();
                     if let Some(body) = received?.body {
                         if matches!(body, up::Body::Refused(_)) {
-                            // The next edit goes out as a whole snapshot: the node has not this one.
+                            // What is next goes out whole: the node has not this one. Nor may it have taken what
+                            // was sent meanwhile, which was to be added to it.
+                            if known != 0 && !std::mem::replace(&mut whole, true) {
+                                due.get_or_insert(Instant::now() + COALESCE);
+                            }
                             known = 0;
                         }
                         match body {
@@ -380,6 +384,7 @@ impl Hub {
                 _ = changed.changed() => { due.get_or_insert(Instant::now() + COALESCE); }
                 () = sleep_until(due) => {
                     due = None;
+                    whole = known == 0;
                     let news = self.send_changes(peer, known).await?;
                     known = news.generation;
                     // Quotas may have been lowered just before the last connection was lost.

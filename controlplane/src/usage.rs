@@ -265,7 +265,12 @@ fn row_of(node: i64, boot: i64, record: &link::Record) -> Option<access_log::Act
         sequence: Set(record.sequence.cast_signed()),
         at: Set(at.map_or_else(
             |_| now(),
-            |at| i64::try_from(at.unix_timestamp_nanos() / 1000).unwrap_or_default(),
+            |began| {
+                let took = (body["duration_ms"].as_f64().unwrap_or(0.0) * 1000.0) as i64;
+                i64::try_from(began.unix_timestamp_nanos() / 1000)
+                    .unwrap_or_default()
+                    .saturating_add(took)
+            },
         )),
         user_id: Set(record.user.cast_signed()),
         user_name: Set(text("user", 255)),

@@ -219,7 +219,8 @@ impl Node {
             everyone,
             wanted: Wanted::default(),
             snapshot: ArcSwap::from_pointee(snapshot),
-            addresses: Arc::new(Table::new(places.max().min(1 << 20))),
+            // A reload may allow more sessions than there are now.
+            addresses: Arc::new(Table::new(sessions_max(None))),
             places,
             throttles: Throttles::new(),
             logins: LoginPool::start(culvert_rt::available_cores().len(), key)?,
@@ -515,6 +516,9 @@ impl Node {
     }
 }
 
+/// More sessions than that are for further nodes, however many descriptors there are: the ledger has a slot
+/// for each, in each worker.
+const SESSIONS_MAX: usize = 1 << 20;
 /// Slots of sessions that end and begin at the same moment, and of those that are only refused.
 const SLOTS_SPARE: usize = 1024;
 
@@ -530,6 +534,7 @@ fn sessions_max(asked: Option<usize>) -> usize {
     let descriptors = culvert_rt::raise_descriptor_limit();
     let fit = descriptors.saturating_sub(DESCRIPTORS_RESERVED.min(descriptors / 2));
     let fit = usize::try_from(fit / DESCRIPTORS_PER_SESSION).unwrap_or(usize::MAX);
+    let fit = fit.min(SESSIONS_MAX);
     match asked {
         Some(asked) if asked > fit => {
             tracing::warn!(asked, fit, descriptors, "limits.sessions lowered; raise LimitNOFILE");

@@ -3,6 +3,7 @@
 
 use std::{
     collections::HashMap,
+    hash::{BuildHasher, RandomState},
     net::IpAddr,
     sync::Mutex,
     time::{Duration, Instant},
@@ -15,22 +16,20 @@ const SPAN: Duration = Duration::from_secs(300);
 /// Keys remembered at once; the oldest go first.
 const KEYS_MAX: usize = 50_000;
 
-#[derive(Hash, PartialEq, Eq, Clone)]
+/// Users are known by a hash of their names, which may be as long as a request.
+#[derive(Hash, PartialEq, Eq, Clone, Copy)]
 enum Key {
     Address(IpAddr),
-    User(String),
+    User(u64),
+    /// An address from which the user has logged in.
+    Known(IpAddr, u64),
 }
 
-impl Key {
-    /// IPv6 clients have networks of 64 bits.
-    fn of(address: IpAddr) -> Self {
-        match address {
-            IpAddr::V6(address) => {
-                let network = address.to_bits() >> 64 << 64;
-                Self::Address(std::net::Ipv6Addr::from_bits(network).into())
-            }
-            address => Self::Address(address),
-        }
+/// IPv6 clients have networks of 64 bits.
+fn network(address: IpAddr) -> IpAddr {
+    match address {
+        IpAddr::V6(address) => std::net::Ipv6Addr::from_bits(address.to_bits() >> 64 << 64).into(),
+        address => address,
     }
 }
 
@@ -38,10 +37,12 @@ impl Key {
 #[derive(Default)]
 pub struct LoginThrottle {
     failures: Mutex<HashMap<Key, (u32, Instant)>>,
+    names: RandomState,
 }
 
 impl LoginThrottle {
-    /// Counts a try; `false` when too many failed.
+    /// Counts a try; `false` when too many failed: from the address, or of the user from addresses that are
+    /// not the user's own. Nobody can lock out a user who has logged in before.
     pub fn begin(&self, address: IpAddr, user: &str) -> bool {
         let Ok(mut failures) = self.failures.lock() else { return false };
         let now = Instant::now();
@@ -55,8 +56,10 @@ impl LoginThrottle {
             let middle = times[times.len() / 2];
             failures.retain(|_, (_, since)| *since > middle);
         }
-        let keys = [(Key::of(address), FAILURES.0), (Key::User(user.to_owned()), FAILURES.1)];
-        for (key, max) in keys {
+        let (address, user) = (network(address), self.names.hash_one(user));
+        let is_known = failures.contains_key(&Key::Known(address, user));
+        let of_user = (!is_known).then_some((Key::User(user), FAILURES.1));
+        for (key, max) in std::iter::once((Key::Address(address), FAILURES.0)).chain(of_user) {
             let (count, since) = failures.entry(key).or_insert((0, now));
             if now.duration_since(*since) >= SPAN {
                 (*count, *since) = (0, now);
@@ -73,8 +76,10 @@ impl LoginThrottle {
     /// A try was right.
     pub fn forgive(&self, address: IpAddr, user: &str) {
         let Ok(mut failures) = self.failures.lock() else { return };
-        failures.remove(&Key::of(address));
-        failures.remove(&Key::User(user.to_owned()));
+        let (address, user) = (network(address), self.names.hash_one(user));
+        failures.remove(&Key::Address(address));
+        failures.remove(&Key::User(user));
+        failures.insert(Key::Known(address, user), (0, Instant::now()));
     }
 }
 
@@ -93,5 +98,10 @@ mod tests {
         let of_one_user =
             (0..60u8).filter(|last| throttle.begin(IpAddr::from([10, 1, 0, *last]), "bob")).count();
         assert_eq!(of_one_user, 30);
+        // Whoever guesses elsewhere does not lock out who was here before.
+        for last in 0..60 {
+            throttle.begin(IpAddr::from([10, 2, 0, last]), "ann");
+        }
+        assert!(throttle.begin(address, "ann") && !throttle.begin([10, 3, 0, 1].into(), "ann"));
     }
 }

@@ -278,5 +278,5 @@ async fn me(
     axum::extract::State(app): axum::extract::State<App>,
     caller: Caller,
 ) -> Result<Json<UserView>> {
-    Ok(Json(UserView::load(app.store.db(), caller.user).await?))
+    Ok(Json(UserView::shown(app.store.db(), caller.user.clone(), &caller).await?))
 }

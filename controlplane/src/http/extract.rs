@@ -6,7 +6,9 @@ use axum::{
     extract::{ConnectInfo, FromRequest, FromRequestParts, Path, Query, Request, rejection},
     http::{StatusCode, header, request::Parts},
 };
-use sea_orm::{DatabaseConnection, EntityTrait, PaginatorTrait, QueryOrder, Select};
+use sea_orm::{
+    DatabaseConnection, DatabaseTransaction, EntityTrait, PaginatorTrait, QueryOrder, Select,
+};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use utoipa::{IntoParams, ToSchema};
 
@@ -164,6 +166,20 @@ impl Paging {
         let total = pages.num_items().await?;
         let rows = pages.fetch_page(self.page - 1).await?;
         Ok(axum::Json(Page::new(rows.into_iter().map(view).collect(), total, self)))
+    }
+}
+
+/// Refuses an edit after which there would be more rows of a table than nodes take.
+pub(super) async fn refuse_beyond<E: EntityTrait<Model: Send + Sync>>(
+    db: &DatabaseTransaction,
+    _: E,
+    max: usize,
+) -> Result<(), Problem> {
+    match E::find().count(db).await? {
+        count if count > max as u64 => {
+            Err(Problem::invalid(format!("that would be {count}; nodes take {max} at most")))
+        }
+        _ => Ok(()),
     }
 }
 

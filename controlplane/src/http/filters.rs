@@ -3,7 +3,7 @@
 use std::collections::HashSet;
 
 use axum::{Json, extract::State, http::StatusCode};
-use culvert_api::policy::{Access, Filter, PortRange};
+use culvert_api::policy::{Access, FILTER_ENTRIES_MAX, Filter, PortRange};
 use sea_orm::{
     ActiveModelTrait, ColumnTrait, EntityTrait, IntoActiveModel, QueryFilter, QuerySelect,
 };
@@ -13,6 +13,7 @@ use utoipa_axum::{router::OpenApiRouter, routes};
 
 use super::{
     Admin, App, Body, Id, Page, Paging, Params, Problem,
+    extract::refuse_beyond,
     problem::Result,
     users::{name_of, time_text},
 };
@@ -247,6 +248,7 @@ async fn create(
     let mut row = new.row().into_active_model().reset_all();
     row.id = sea_orm::NotSet;
     let row = row.insert(db).await?;
+    refuse_beyond(db, filter::Entity, FILTER_ENTRIES_MAX).await?;
     new.check_together(db).await?;
     edit.commit(Change::new("filter.create", &new.value).new_value(&new).policy()).await?;
 
@@ -328,6 +330,7 @@ async fn import(
         };
         filter::Entity::insert_many(part.iter().map(row)).exec_without_returning(db).await?;
     }
+    refuse_beyond(db, filter::Entity, FILTER_ENTRIES_MAX).await?;
     body("").check_together(db).await?;
     let (created, skipped) = (fresh.len(), new.values.len() - fresh.len());
     if created > 0 {

@@ -1,7 +1,7 @@
 //! The ordered rules.
 
 use axum::{Json, extract::State, http::StatusCode};
-use culvert_api::policy::{Rule, When};
+use culvert_api::policy::{RULES_MAX, Rule, When};
 use sea_orm::{
     ActiveModelTrait, ColumnTrait, EntityTrait, IntoActiveModel, QueryFilter, QueryOrder,
 };
@@ -10,7 +10,8 @@ use utoipa::ToSchema;
 use utoipa_axum::{router::OpenApiRouter, routes};
 
 use super::{
-    Admin, App, Body, Id, Page, Paging, Params, Problem, problem::Result, users::time_text,
+    Admin, App, Body, Id, Page, Paging, Params, Problem, extract::refuse_beyond, problem::Result,
+    users::time_text,
 };
 use crate::{
     publish,
@@ -191,6 +192,7 @@ async fn create(
     let mut row = new.row(position).into_active_model().reset_all();
     row.id = sea_orm::NotSet;
     let row = row.insert(db).await?;
+    refuse_beyond(db, rule::Entity, RULES_MAX).await?;
     edit.commit(Change::new("rule.create", &new.name).new_value(&new).policy()).await?;
 
     Ok((StatusCode::CREATED, Json(view(row))))

@@ -256,6 +256,19 @@ impl UserView {
         }
     }
 
+    /// A user as somebody may see them.
+    pub(super) async fn shown(
+        db: &impl ConnectionTrait,
+        user: user::Model,
+        caller: &Caller,
+    ) -> Result<Self> {
+        let mut view = Self::load(db, user).await?;
+        if !caller.is_admin() {
+            view.comment.clear();
+        }
+        Ok(view)
+    }
+
     /// A user with the rates of its own.
     pub(super) async fn load(db: &impl ConnectionTrait, user: user::Model) -> Result<Self> {
         let rates = rates_of(db, &[user.id]).await?.remove(&user.id);
@@ -434,14 +447,14 @@ async fn create(
 async fn show(State(app): State<App>, caller: Caller, Id(id): Id) -> Result<Json<UserView>> {
     own(&caller, id)?;
     let user = edit::find(app.store.db(), id).await?;
-    Ok(Json(UserView::load(app.store.db(), user).await?))
+    Ok(Json(UserView::shown(app.store.db(), user, &caller).await?))
 }
 
 pub(super) fn own(caller: &Caller, id: i64) -> Result<()> {
     if caller.is_admin() || caller.user.id == id { Ok(()) } else { Err(Problem::forbidden()) }
 }
 
-/// What is left out stays; null takes a value away.
+/// What is left out stays. Null takes an expiry, groups, limits or a comment away; elsewhere it says nothing.
 #[derive(Debug, Default, Deserialize, ToSchema)]
 #[serde(default, deny_unknown_fields)]
 struct UserPatch {
@@ -456,14 +469,30 @@ struct UserPatch {
     #[schema(format = DateTime, value_type = Option<String>)]
     expires_at: Option<Option<String>>,
     /// Groups.
+    #[serde(deserialize_with = "cleared")]
     #[schema(max_items = 64)]
     groups: Option<Vec<String>>,
     /// Limits, all together.
-    #[serde(deserialize_with = "extract::object_or_null")]
+    #[serde(deserialize_with = "cleared_limits")]
     limits: Option<UserLimits>,
     /// For the admins.
+    #[serde(deserialize_with = "cleared")]
     #[schema(max_length = 1000)]
     comment: Option<String>,
+}
+
+/// Null is an empty value.
+fn cleared<'de, D: Deserializer<'de>, T: Default + Deserialize<'de>>(
+    deserializer: D,
+) -> std::result::Result<Option<T>, D::Error> {
+    Option::deserialize(deserializer).map(|value: Option<T>| Some(value.unwrap_or_default()))
+}
+
+fn cleared_limits<'de, D: Deserializer<'de>>(
+    deserializer: D,
+) -> std::result::Result<Option<UserLimits>, D::Error> {
+    let limits: Option<UserLimits> = extract::object_or_null(deserializer)?;
+    Ok(Some(limits.unwrap_or_default()))
 }
 
 /// Tells null from nothing.

@@ -985,6 +985,79 @@ fn no_secret_lies_about() {
     });
 }
 
+/// What no node would take is refused here: it would keep all nodes from following.
+#[test]
+fn what_nodes_would_refuse_is_refused() {
+    on_each(|planes| {
+        let node = planes.node("edge");
+        for to in [
+            "10.0.0.256:80",
+            "db.1:5432",
+            "a.example:+443",
+            "a.example:000443",
+            "a.example:0",
+            "a.example",
+            "::1:80",
+            "a b:80",
+        ] {
+            let rule = json!({ "name": "r", "action": "redirect", "to": to });
+            assert_eq!(planes.ask("POST", "/rules", Some(&rule)).0, 422, "{to}");
+        }
+        for kind in ["domain", "domain_suffix"] {
+            for value in ["127.1", "12345", "10.0.0.1.", "0x7f.1", "example.1", "a..b", "::1"] {
+                let filter = json!({ "action": "deny", "kind": kind, "value": value });
+                assert_eq!(planes.ask("POST", "/filters", Some(&filter)).0, 422, "{value}");
+                let rule = json!({ "name": "r", "action": "deny", "when": { kind: [value] } });
+                assert_eq!(planes.ask("POST", "/rules", Some(&rule)).0, 422, "{value}");
+            }
+        }
+        for value in ["a.example.", "B\u{fc}cher.example", "_dmarc.a-b.example"] {
+            let filter = json!({ "action": "deny", "kind": "domain", "value": value });
+            assert_eq!(planes.ask("POST", "/filters", Some(&filter)).0, 201, "{value}");
+        }
+        let generation = await_some("a node that follows", || {
+            let health = planes.must("GET", "/proxy/health", Value::Null);
+            (health["current"] == 1).then(|| health["generation"].clone())
+        });
+        let nodes = planes.must("GET", "/proxy/nodes", Value::Null);
+        assert_eq!(
+            (&nodes["items"][0]["generation"], &nodes["items"][0]["refusal"]),
+            (&generation, &json!(""))
+        );
+        drop(node);
+    });
+}
+
+/// Null takes away what can be away; what is for the admins is.
+#[test]
+fn a_patch_clears_and_users_do_not_see_comments() {
+    on_each(|planes| {
+        let more = json!({
+            "limits": { "sessions": 3, "up": 1000 }, "groups": ["staff"], "comment": "owes us money",
+            "expires_at": "2099-01-01T00:00:00Z",
+        });
+        let id = planes.user("ann", more);
+        let path = format!("/users/{id}");
+        let token = planes.login("ann", PASSWORD).unwrap();
+        for path in ["/auth/me", &path] {
+            let (status, seen) = planes.ask_as(&token, "GET", path, None);
+            assert_eq!((status, &seen["comment"], &seen["name"]), (200, &json!(""), &json!("ann")));
+        }
+        assert_eq!(planes.must("GET", &path, Value::Null)["comment"], "owes us money");
+        let nothing = json!({ "status": null, "role": null, "proxy_access": null });
+        let same = planes.must("PATCH", &path, nothing);
+        assert_eq!((&same["status"], &same["role"]), (&json!("active"), &json!("user")));
+        let nulls = json!({ "limits": null, "groups": null, "comment": null, "expires_at": null });
+        let cleared = planes.must("PATCH", &path, nulls);
+        assert_eq!((&cleared["groups"], &cleared["comment"]), (&json!([]), &json!("")));
+        assert_eq!(
+            (&cleared["limits"]["sessions"], &cleared["limits"]["up"]),
+            (&Value::Null, &Value::Null)
+        );
+        assert_eq!(cleared["expires_at"], Value::Null);
+    });
+}
+
 /// RELIABILITY H2: nor does the token say how it is to be checked.
 #[test]
 fn a_token_does_not_choose_its_check() {

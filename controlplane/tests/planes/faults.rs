@@ -227,6 +227,34 @@ fn changes_are_sent_as_such() {
     });
 }
 
+/// A policy that was mended while a node was about to refuse it reaches the node, whole, by itself; one that is
+/// refused whole is not sent again and again.
+#[test]
+fn a_refused_change_is_followed_by_the_whole() {
+    on_each(|planes| {
+        let mut peer = Peer::connect(&planes);
+        assert_eq!(peer.hello([link::VERSION; 2], 0).refusal, "");
+        let Some(down::Body::Snapshot(_)) = peer.hear() else { panic!("no snapshot") };
+        planes.must("PATCH", "/settings", json!({ "default_policy": "deny" }));
+        let Some(down::Body::Delta(delta)) = peer.hear() else { panic!("no delta") };
+        let refused = |generation: u64| {
+            up::Body::Refused(link::Refused { generation, reasons: vec!["of a test".into()] })
+        };
+        peer.say(refused(delta.generation));
+        let Some(down::Body::Snapshot(whole)) = peer.hear() else { panic!("no snapshot") };
+        assert_eq!(whole.generation, delta.generation);
+        peer.say(refused(whole.generation));
+        peer.stream.set_read_timeout(Some(Duration::from_secs(1))).unwrap();
+        let silent = peer.stream.read(&mut [0]).unwrap_err();
+        assert_eq!(silent.kind(), std::io::ErrorKind::WouldBlock);
+        // Not even by what else happens there.
+        peer.stream.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+        planes.must("PATCH", "/settings", json!({ "default_policy": "allow" }));
+        let Some(down::Body::Snapshot(mended)) = peer.hear() else { panic!("no snapshot") };
+        assert_eq!(mended.generation, whole.generation + 1);
+    });
+}
+
 /// Nodes of other versions are taken if there is one in common, and told why if not; a node that cannot
 /// follow says so, and an operator sees it.
 #[test]

@@ -13,7 +13,7 @@ use time::OffsetDateTime;
 
 pub use check::{check_users, check_users_bound};
 pub use hours::{Hours, Weekday};
-pub use target::{check_pattern, pattern_set};
+pub use target::{check_pattern, listed_name, listed_suffix, pattern_set, redirect_target};
 
 use crate::{ByteCount, ByteRate};
 

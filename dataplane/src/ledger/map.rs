@@ -171,7 +171,12 @@ impl Map {
     /// # Errors
     /// No room, or no right to write there.
     pub fn new(dir: Option<&Path>, boot: u64, workers: usize, slots: usize) -> io::Result<Self> {
-        let length = HEAD + workers * region_bytes(slots);
+        let length = slots
+            .checked_mul(size_of::<Slot>())
+            .and_then(|slots| slots.checked_add(TOTALS * size_of::<Total>()))
+            .and_then(|region| region.checked_mul(workers))
+            .and_then(|regions| regions.checked_add(HEAD))
+            .ok_or(io::ErrorKind::OutOfMemory)?;
         let Some(dir) = dir else {
             let memory = MmapOptions::new().len(length).map_anon()?;
             return Ok(Self { memory: Arc::new(memory.into()), workers, slots, path: None });
@@ -210,7 +215,7 @@ impl Map {
 
 impl Region {
     pub(super) fn slots(&self) -> &[Slot] {
-        // SAFETY: `start` and `slots` were checked against the mapping's length when it was made; the
+        // SAFETY: the mapping has room for all workers' regions, of which this is one; the
         // head is a multiple of a slot's alignment; zeroed memory is a valid `Slot`, all of it atomics.
         unsafe {
             let first = self.memory.as_mut_ptr().add(self.start).cast::<Slot>();

@@ -4,9 +4,9 @@ use std::{collections::HashMap, sync::Arc};
 
 use culvert_api::{
     Place, Problem,
-    policy::{self as api, Access, Policy},
+    policy::{self as api, Access, Policy, redirect_target},
 };
-use culvert_proto::{Protocol, Target};
+use culvert_proto::Protocol;
 use jiff::tz::TimeZone;
 
 use super::{
@@ -193,10 +193,10 @@ impl Compiler {
         for (i, bad) in bad {
             self.problem(format!("rule[{i}].when.{}[{}]", bad.list, bad.index), bad.message);
         }
-        let to = rule.to.as_deref().and_then(|to| match Target::parse(to.as_bytes()) {
-            Ok(target) if target.port > 0 => Some(target),
-            _ => {
-                self.problem(format!("rule[{i}].to"), format!("`{to}` is not host:port"));
+        let to = rule.to.as_deref().and_then(|to| match redirect_target(to) {
+            Ok(target) => Some(target),
+            Err(message) => {
+                self.problem(format!("rule[{i}].to"), message);
                 None
             }
         });

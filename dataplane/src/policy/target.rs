@@ -4,8 +4,8 @@ use std::{collections::HashSet, net::IpAddr};
 
 use aho_corasick::AhoCorasick;
 use culvert_api::policy::PortRange;
-use culvert_api::policy::{check_pattern, pattern_set};
-use culvert_proto::{Host, Name, Target};
+use culvert_api::policy::{check_pattern, listed_name, listed_suffix, pattern_set};
+use culvert_proto::{Host, Target};
 use ipnet::IpNet;
 use prefix_trie::joint::set::JointPrefixSet;
 use regex::RegexSet;
@@ -72,14 +72,14 @@ impl TargetSet {
             let mut bad =
                 |list, index, message| problems.push((group, BadEntry { list, index, message }));
             for (index, text) in lists.domain.iter().enumerate() {
-                match name(text) {
-                    Ok(name) => exact.push(name),
+                match listed_name(text) {
+                    Ok(name) => exact.push(name.as_str().into()),
                     Err(message) => bad("domain", index, message),
                 }
             }
             for (index, text) in lists.domain_suffix.iter().enumerate() {
-                match name(text.strip_prefix("*.").unwrap_or(text.trim_start_matches('.'))) {
-                    Ok(name) => suffix.push(name),
+                match listed_suffix(text) {
+                    Ok(name) => suffix.push(name.as_str().into()),
                     Err(message) => bad("domain_suffix", index, message),
                 }
             }
@@ -160,13 +160,6 @@ impl TargetSet {
             || self.keywords.as_ref().is_some_and(|keywords| keywords.is_match(name))
             || self.patterns.as_ref().is_some_and(|patterns| patterns.is_match(name))
     }
-}
-
-fn name(text: &str) -> Result<Box<str>, String> {
-    if let Ok(Host::Ip(_)) = Host::parse(text.as_bytes()) {
-        return Err("an address, which no name is; list it in `cidr`".to_owned());
-    }
-    Name::parse(text).map(|name| name.as_str().into()).map_err(|error| error.to_string())
 }
 
 /// Names, searched by hash or one by one.

@@ -101,6 +101,10 @@ impl Session {
                     }
                     _ => return Err(self.denied(record, Denial::User)),
                 },
+                // The listener may take nobody any more.
+                None if !self.live.may_be_nobody(&snapshot) => {
+                    return Err(self.denied(record, Denial::User));
+                }
                 None => None,
             };
             let now = unix_now();

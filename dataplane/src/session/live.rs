@@ -142,6 +142,12 @@ impl Live {
         self.device.borrow().upgrade().is_some_and(|device| !device.is_current())
     }
 
+    /// Whether the session's listener takes clients without a login.
+    pub fn may_be_nobody(&self, snapshot: &Snapshot) -> bool {
+        let rules = snapshot.settings.listeners.get(self.index);
+        rules.is_some_and(|rules| rules.login.allows_none())
+    }
+
     /// Whether a snapshot still allows what the session does. A session that has not connected yet will
     /// be judged when it does.
     pub fn is_allowed(&self, snapshot: &Snapshot) -> bool {
@@ -152,8 +158,7 @@ impl Live {
             return false;
         }
         let Some(asked) = &*asked else { return true };
-        // Nobody's session needs a listener that takes nobody.
-        if asked.user.is_none() && !rules.is_some_and(|rules| rules.login.allows_none()) {
+        if asked.user.is_none() && !self.may_be_nobody(snapshot) {
             return false;
         }
         let user = match &asked.user {

@@ -14,16 +14,16 @@ use crate::{
 };
 
 impl Session {
-    /// Judges credentials and tells the handshake.
+    /// Judges credentials and tells the handshake; whether they were accepted.
     pub(super) async fn authenticate(
         &self,
         handshake: &mut dyn Handshake,
         credentials: Credentials,
-    ) -> Result<(), End> {
+    ) -> Result<bool, End> {
         if self.refused {
             // Whoever it is will be told that there is no room.
             handshake.authenticated(Verdict::Accepted);
-            return Ok(());
+            return Ok(true);
         }
         let result = self.log_in(&credentials).await?;
         let (result, verdict) = match result {
@@ -36,7 +36,7 @@ impl Session {
         self.worker.counters.auth[result as usize].add(1);
         self.live.login_result(result);
         handshake.authenticated(verdict);
-        Ok(())
+        Ok(verdict == Verdict::Accepted)
     }
 
     /// What the record says of a refused login.

@@ -52,8 +52,7 @@ impl Session {
                 Next::Write(_) => self.write(handshake).await?,
                 Next::Authenticate(credentials) => {
                     let credentials = credentials.clone();
-                    self.authenticate(handshake, credentials).await?;
-                    logged_in = true;
+                    logged_in = self.authenticate(handshake, credentials).await?;
                 }
                 Next::Request(request) => {
                     let request = request.clone();

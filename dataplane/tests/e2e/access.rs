@@ -269,6 +269,40 @@ fn clients_are_admitted_by_address() {
 }
 
 /// What a reload takes away from everybody at a door it takes from those who are inside.
+/// A client that was there before anybody had to log in, and asks afterwards.
+#[test]
+fn who_waited_for_the_login_to_be_needed_needs_it() {
+    let mut proxy = Setup::new().user("ann", "").start();
+    let target = echo();
+    let mut socks = proxy.connect();
+    let mut greeted = proxy.connect();
+    greeted.write_all(&[5, 1, 0]).unwrap();
+    greeted.read_exact(&mut [0; 2]).unwrap();
+    let mut http = proxy.connect();
+    let login = format!("Proxy-Authorization: Basic {}\r\n", BASE64_STANDARD.encode("ann:secret"));
+    let get = |stream: &mut TcpStream, login: &str| {
+        let closed = closed_port();
+        write!(stream, "GET http://{closed}/ HTTP/1.1\r\nHost: x\r\n{login}\r\n").unwrap();
+        let mut answer = [0; 1024];
+        let read = stream.read(&mut answer).unwrap();
+        String::from_utf8_lossy(&answer[..read]).into_owned()
+    };
+    assert!(get(&mut http, &login).starts_with("HTTP/1.1 502 "));
+    proxy.reload(|setup| setup.listener("auth = ['password']\nprotocols = ['socks5', 'http']"));
+    let request = [&[5, 1, 0, 1, 127, 0, 0, 1][..], &target.port().to_be_bytes()].concat();
+    // Each session still speaks as its listener did when it began, but nobody is let through.
+    let refused = |stream: &mut TcpStream| {
+        let mut reply = [0; 10];
+        stream.write_all(&request).unwrap();
+        stream.read_exact(&mut reply).is_err() || reply[1] == 2
+    };
+    assert!(refused(&mut greeted));
+    socks.write_all(&[5, 1, 0]).unwrap();
+    assert!(socks.read_exact(&mut [0; 2]).is_err() || refused(&mut socks));
+    let told = get(&mut http, "");
+    assert!(told.starts_with("HTTP/1.1 403 ") || told.starts_with("HTTP/1.1 407 "), "{told}");
+}
+
 #[test]
 fn a_door_that_is_narrowed_ends_who_would_not_come_in() {
     let mut proxy = Setup::new().user("ann", "").start();

@@ -113,6 +113,25 @@ fn a_login_is_asked_for_and_the_connection_kept() {
     assert!(!requests[0].to_ascii_lowercase().contains("proxy-"), "{}", requests[0]);
 }
 
+/// On a connection that several clients share, a wrong login makes nobody the one before.
+#[test]
+fn a_request_without_a_login_is_nobodys() {
+    let proxy = Setup::new()
+        .listener("auth = ['password', 'none']\nprotocols = ['http']")
+        .user("ann", "")
+        .start();
+    let target = server(Arc::default());
+    let mut stream = proxy.connect();
+    assert!(get(&mut stream, target, "/", LOGIN).ends_with("answer 1"));
+    let wrong = get(&mut stream, target, "/", "Proxy-Authorization: Basic YW5uOndyb25n\r\n");
+    assert!(wrong.starts_with("HTTP/1.1 407 "));
+    assert!(get(&mut stream, target, "/", "").contains("answer"));
+    drop(stream);
+    let records = proxy.await_records(2);
+    let users: Vec<&serde_json::Value> = records.iter().map(|record| &record["user"]).collect();
+    assert_eq!(users, [&serde_json::json!("ann"), &serde_json::Value::Null]);
+}
+
 /// Between two requests the idle deadline holds, within a head the handshake's, however it drips.
 #[test]
 fn deadlines_hold_for_connections_that_are_kept() {

@@ -14,7 +14,7 @@ use anyhow::Context;
 const ARROWS: &[(&str, &[&str])] = &[
     ("dataplane/rt", &["monoio", "io-uring"]),
     ("dataplane/proto", &[]),
-    ("dataplane/api", &[]),
+    ("dataplane/api", &["culvert-proto"]),
     ("dataplane/link", &["culvert-api"]),
     ("dataplane", &["culvert-api", "culvert-link", "culvert-proto", "culvert-rt"]),
     ("controlplane", &["culvert-api", "culvert-link"]),

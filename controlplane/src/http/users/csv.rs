@@ -1,6 +1,7 @@
 //! Users as CSV, out and in.
 
 use axum::{Json, extract::State, http::StatusCode, response::Response};
+use culvert_api::policy::USERS_MAX;
 use sea_orm::{ColumnTrait, EntityTrait, QueryFilter, QueryOrder, QuerySelect, Set};
 use serde::{Serialize, de::DeserializeOwned};
 use utoipa::ToSchema;
@@ -10,6 +11,7 @@ use super::{
     super::{
         Admin, App, Problem,
         auth::no_hash,
+        extract::refuse_beyond,
         logs::{cell, csv_response, uncelled},
         problem::Result,
     },
@@ -159,6 +161,7 @@ async fn import(
         ids.push(made.id);
         views.push(UserView::load(edit.db(), made).await?);
     }
+    refuse_beyond(edit.db(), user::Entity, USERS_MAX).await?;
     let created = ids.len();
     let change = Change::new("user.import", format!("{created} users")).new_value(&views);
     edit.commit(change.users(ids)).await?;

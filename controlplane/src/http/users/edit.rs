@@ -2,14 +2,15 @@
 //! how the user was, and how it is.
 
 use axum::http::StatusCode;
+use culvert_api::policy::USERS_MAX;
 use sea_orm::{
     ActiveModelTrait, ColumnTrait, ConnectionTrait, DatabaseTransaction, EntityTrait,
     IntoActiveModel, PaginatorTrait, QueryFilter, Set,
 };
 
 use super::{
-    Period, Problem, Result, Status, UserLimits, UserPatch, UserView, json, name_of, network,
-    time_of,
+    super::extract::refuse_beyond, Period, Problem, Result, Status, UserLimits, UserPatch,
+    UserView, json, name_of, network, time_of,
 };
 use crate::store::{
     Change,
@@ -27,6 +28,7 @@ pub(crate) async fn create(
     limits: Option<&UserLimits>,
 ) -> Result<(UserView, Change)> {
     let user = insert(db, row, limits).await?;
+    refuse_beyond(db, user::Entity, USERS_MAX).await?;
     let id = user.id;
     let view = UserView::load(db, user).await?;
     let change = Change::new("user.create", &view.name).new_value(&view).user(id);

@@ -1,7 +1,7 @@
 //! Whether names, regular expressions and targets can be compiled: what a node's compiler would say,
 //! for whoever writes policies without one.
 
-use std::net::IpAddr;
+use culvert_proto::{Host, Name, Target};
 
 use super::{Access, Policy};
 use crate::{Place, Problem};
@@ -13,6 +13,7 @@ const PATTERNS_MAX: usize = 10 << 20;
 
 impl Policy {
     /// All names, expressions and redirects that no node would take; keys are relative to the policy.
+    /// Nodes read them by the same functions.
     pub fn check_targets(&self) -> Vec<Problem> {
         let mut problems = Vec::new();
         let mut say = |key: String, result: Result<(), String>| {
@@ -46,7 +47,7 @@ impl Policy {
                 }
             }
             if let Some(to) = &rule.to {
-                say(format!("rule[{i}].to"), check_target(to));
+                say(format!("rule[{i}].to"), redirect_target(to).map(drop));
             }
             for protocol in &rule.when.protocol {
                 let known = ["socks5", "socks4", "http"].contains(&protocol.as_str());
@@ -81,46 +82,45 @@ impl Policy {
 
 fn check(list: &str, text: &str) -> Result<(), String> {
     match list {
-        "domain" => check_name(text),
-        "domain_suffix" => {
-            check_name(text.strip_prefix("*.").unwrap_or(text.trim_start_matches('.')))
-        }
+        "domain" => listed_name(text).map(drop),
+        "domain_suffix" => listed_suffix(text).map(drop),
         "domain_keyword" if text.is_empty() => Err("an empty keyword matches every name".into()),
         "domain_keyword" => Ok(()),
         _ => check_pattern(text),
     }
 }
 
-fn check_name(text: &str) -> Result<(), String> {
-    if text.parse::<IpAddr>().is_ok() {
-        return Err(format!("`{text}` is an address, which no name is; list it as cidr"));
+/// A name of a list, in the form that clients' names have.
+///
+/// # Errors
+/// It is none, or could be read as an address.
+pub fn listed_name(text: &str) -> Result<Name, String> {
+    match Host::parse(text.as_bytes()) {
+        Ok(Host::Name(name)) => Ok(name),
+        Ok(Host::Ip(_)) => {
+            Err(format!("`{text}` is an address, which no name is; list it as cidr"))
+        }
+        Err(error) => Err(format!("`{text}` is no host name: {error}")),
     }
-    let text = text.strip_suffix('.').unwrap_or(text);
-    let ascii = if text.is_ascii() {
-        text.to_owned()
-    } else {
-        // RFC 5891: U-labels become A-labels.
-        idna::domain_to_ascii(text).map_err(|_| format!("`{text}` is no host name"))?
-    };
-    let label = |label: &str| {
-        let letters = |b: u8| b.is_ascii_alphanumeric() || b == b'-' || b == b'_';
-        (1..=63).contains(&label.len()) && label.bytes().all(letters)
-    };
-    let ascii = ascii.strip_suffix('.').unwrap_or(&ascii);
-    let fits = ascii.len() <= 253 && ascii.split('.').all(label);
-    if fits { Ok(()) } else { Err(format!("`{text}` is no host name")) }
 }
 
-fn check_target(text: &str) -> Result<(), String> {
-    let bad = || format!("`{text}` is no host:port");
-    let (host, port) = text.rsplit_once(':').ok_or_else(bad)?;
-    let port = port.parse::<u16>().ok().filter(|port| *port > 0);
-    port.ok_or_else(bad)?;
-    let inner = host.strip_prefix('[').and_then(|host| host.strip_suffix(']'));
-    match inner {
-        Some(address) => address.parse::<std::net::Ipv6Addr>().map(drop).map_err(|_| bad()),
-        None if host.parse::<std::net::Ipv4Addr>().is_ok() => Ok(()),
-        None => check_name(host).map_err(|_| bad()),
+/// The same of a name with all below it, which may begin with a dot or `*.`.
+///
+/// # Errors
+/// The same.
+pub fn listed_suffix(text: &str) -> Result<Name, String> {
+    listed_name(text.strip_prefix("*.").unwrap_or(text.trim_start_matches('.')))
+}
+
+/// Where a rule leads.
+///
+/// # Errors
+/// It is not `host:port`.
+pub fn redirect_target(text: &str) -> Result<Target, String> {
+    match Target::parse(text.as_bytes()) {
+        Ok(target) if target.port > 0 => Ok(target),
+        Ok(_) => Err(format!("`{text}` is not host:port: nobody listens on port 0")),
+        Err(error) => Err(format!("`{text}` is not host:port: {error}")),
     }
 }
 

@@ -1,5 +1,5 @@
 use culvert_api::config::{Format, Tree};
-use culvert_proto::Name;
+use culvert_proto::{Name, Target};
 
 use super::{super::*, *};
 
