@@ -6,8 +6,9 @@ use anyhow::Context;
 use axum::Router;
 use axum_server::{Handle, tls_rustls::RustlsConfig};
 use sea_orm::{
-    ColumnTrait, ConnectionTrait, EntityTrait, PaginatorTrait, QueryFilter, QuerySelect, Set,
-    Statement, sea_query::OnConflict,
+    ActiveModelTrait, ColumnTrait, ConnectionTrait, DatabaseConnection, EntityTrait,
+    IntoActiveModel, PaginatorTrait, QueryFilter, QuerySelect, Set, Statement, TransactionTrait,
+    sea_query::OnConflict,
 };
 use tokio::net::TcpListener;
 
@@ -20,8 +21,8 @@ use crate::{
     store::{
         Actor, Change, Store,
         entity::{
-            access_log, audit, boot, change, command, heartbeat, refresh, session, setting,
-            traffic, user,
+            access_log, audit, boot, change, command, heartbeat, node_usage, refresh, session,
+            setting, traffic, user,
         },
         may_come, now,
     },
@@ -33,6 +34,10 @@ const LOOK: Duration = Duration::from_millis(500);
 const CERTIFICATE_LOOK: Duration = Duration::from_secs(10);
 /// How long requests may take that run when the server ends.
 const LAST_REQUESTS: Duration = Duration::from_secs(5);
+/// One step with the database takes no longer than that: it may hang.
+const STEP: Duration = Duration::from_secs(30);
+/// The same of deleting what is old.
+const CLEANED: Duration = Duration::from_secs(300);
 /// How often what is old is deleted.
 const CLEAN: Duration = Duration::from_secs(600);
 /// How long heartbeats, commands and changes are kept, in microseconds and generations.
@@ -40,6 +45,8 @@ const HEARTBEATS: i64 = 86_400_000_000;
 const COMMANDS: i64 = 3_600_000_000;
 const CHANGES: i64 = 100_000;
 const DAY: i64 = 86_400_000_000;
+/// How long the sums of a boot that is over are kept by themselves.
+const BOOTS: i64 = 30 * DAY;
 const MINUTE: i64 = 60_000_000;
 /// The setting that says for which day quotas were begun anew.
 const TODAY: &str = "quota_day";
@@ -337,7 +344,7 @@ async fn look(store: Store) {
     let mut tick = tokio::time::interval(LOOK);
     loop {
         tick.tick().await;
-        let _ = store.look().await;
+        let _ = tokio::time::timeout(STEP, store.look()).await;
     }
 }
 
@@ -346,15 +353,20 @@ async fn look(store: Store) {
 async fn periods(store: Store) {
     let mut told = 0;
     loop {
-        if let Ok(calendar) = Calendar::load(store.db()).await
-            && calendar.start(Some("day")) != told
-        {
-            match begin_periods(&store, calendar.start(Some("day"))).await {
-                Ok(()) => told = calendar.start(Some("day")),
-                Err(error) => {
-                    tracing::warn!(%error, "quotas could not be begun anew; trying again")
-                }
+        let begun = async {
+            let Ok(calendar) = Calendar::load(store.db()).await else { return Ok(told) };
+            let today = calendar.start(Some("day"));
+            if today != told {
+                begin_periods(&store, today).await?;
             }
+            Ok::<_, sea_orm::DbErr>(today)
+        };
+        match tokio::time::timeout(STEP, begun).await {
+            Ok(Ok(today)) => told = today,
+            Ok(Err(error)) => {
+                tracing::warn!(%error, "quotas could not be begun anew; trying again");
+            }
+            Err(_) => tracing::warn!("quotas could not be begun anew in 30 s; trying again"),
         }
         tokio::time::sleep(Duration::from_secs(1)).await;
     }
@@ -391,8 +403,12 @@ async fn clean(store: Store) {
                 false => Ok(()),
             }
         };
-        if let Err(error) = cleaned.await {
-            tracing::warn!(%error, "old rows could not be deleted; trying again in ten minutes");
+        match tokio::time::timeout(CLEANED, cleaned).await {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => {
+                tracing::warn!(%error, "old rows could not be deleted; trying again in ten minutes");
+            }
+            Err(_) => tracing::warn!("old rows were not deleted in five minutes; going on later"),
         }
     }
 }
@@ -437,14 +453,39 @@ async fn clean_once(store: &Store) -> Result<(), sea_orm::DbErr> {
         .filter(boot::Column::Sequence.lt(0))
         .exec(db)
         .await?;
+    forget_boots(db, now - BOOTS).await?;
     refresh::Entity::delete_many().filter(refresh::Column::ExpiresAt.lt(now)).exec(db).await?;
     let oldest = store.generation().await? - CHANGES;
     change::Entity::delete_many().filter(change::Column::Generation.lt(oldest)).exec(db).await?;
     Ok(())
 }
 
+/// Forgets the sums of boots that are over and long gone; of the boots stays that they are.
+async fn forget_boots(db: &DatabaseConnection, before: i64) -> Result<(), sea_orm::DbErr> {
+    let over = boot::Entity::find()
+        .filter(boot::Column::Ended.eq(true))
+        .filter(boot::Column::SeenAt.lt(before))
+        .filter(boot::Column::Sequence.lt(i64::MAX));
+    for row in over.all(db).await? {
+        let forgotten = db.begin().await?;
+        node_usage::Entity::delete_many()
+            .filter(node_usage::Column::NodeId.eq(row.node_id))
+            .filter(node_usage::Column::Boot.eq(row.boot))
+            .exec(&forgotten)
+            .await?;
+        let mut row = row.into_active_model();
+        // Whatever may still come of it was applied.
+        row.sequence = Set(i64::MAX);
+        row.update(&forgotten).await?;
+        forgotten.commit().await?;
+    }
+    Ok(())
+}
+
 #[cfg(test)]
 mod tests {
+    use culvert_api::link;
+
     use super::*;
     use crate::store::{
         Command,
@@ -501,6 +542,21 @@ mod tests {
                 };
                 heartbeat::Entity::insert(beat).exec_without_returning(db).await.unwrap();
             }
+            // One that is over and long gone, one that is gone but may come back, one that has just ended.
+            let report = |boot: u64, last: bool| link::Report {
+                boot,
+                sequence: 1,
+                users: vec![link::Usage { user: 1, up: 5, down: 0, held: None }],
+                last,
+                ..link::Report::default()
+            };
+            for (number, ended, age) in [(1, true, 31), (2, false, 31), (3, true, 1)] {
+                crate::usage::apply(&store, 1, &report(number, ended), false).await.unwrap();
+                let seen = boot::Entity::update_many()
+                    .col_expr(boot::Column::SeenAt, (now - age * DAY).into())
+                    .filter(boot::Column::Boot.eq(number.cast_signed()));
+                seen.exec(db).await.unwrap();
+            }
             for (number, left) in [-1, MINUTE].into_iter().enumerate() {
                 let token = refresh::ActiveModel {
                     hash: Set(number.to_string()),
@@ -532,7 +588,17 @@ mod tests {
 
             clean_once(&store).await.unwrap();
             assert_eq!(access_log::Entity::find().count(db).await.unwrap(), 2);
-            assert_eq!(traffic::Entity::find().count(db).await.unwrap(), 2);
+            let minutes = traffic::Entity::find().filter(traffic::Column::Up.eq(1));
+            assert_eq!(minutes.count(db).await.unwrap(), 2);
+            let kept = node_usage::Entity::find().all(db).await.unwrap();
+            assert_eq!(kept.iter().map(|row| row.boot).collect::<Vec<_>>(), [2, 3]);
+            // What is said late of the one that is forgotten is known.
+            for number in 1..=3 {
+                let said = link::Report { sequence: u64::MAX >> 1, ..report(number, true) };
+                crate::usage::apply(&store, 1, &said, false).await.unwrap();
+            }
+            let sums = crate::usage::sums(db, "user_usage WHERE period = 0").await.unwrap();
+            assert_eq!(sums, [15, 0]);
             assert_eq!(heartbeat::Entity::find().count(db).await.unwrap(), 2);
             assert_eq!(refresh::Entity::find().count(db).await.unwrap(), 1);
             assert_eq!(command::Entity::find().one(db).await.unwrap().unwrap().argument, 8);

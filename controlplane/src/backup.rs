@@ -5,20 +5,20 @@ use std::io::{BufRead, Write};
 
 use anyhow::Context;
 use sea_orm::{
-    ActiveModelTrait, ConnectionTrait, DatabaseBackend, EntityName, EntityTrait, FromQueryResult,
-    IntoActiveModel, Iterable, ModelTrait, PaginatorTrait, PrimaryKeyToColumn, QueryOrder,
-    QuerySelect, Statement, TransactionTrait,
+    ActiveModelTrait, ConnectionTrait, DatabaseBackend, DatabaseTransaction, EntityName,
+    EntityTrait, FromQueryResult, IntoActiveModel, Iterable, ModelTrait, PaginatorTrait,
+    PrimaryKeyToColumn, QueryOrder, Set, Statement, TransactionTrait,
 };
 use serde::{Serialize, de::DeserializeOwned};
 use serde_json::{Value, json};
+use tokio_stream::StreamExt;
 
-use crate::store::{Store, entity};
+use crate::store::{ROWS, Store, entity, now};
 
-/// Rows read and written at once.
-const PART: u64 = 500;
 /// The first line's format.
 const FORMAT: u64 = 1;
-/// Nodes may have followed later generations than the backup's; the restored one is beyond them.
+/// Nodes may have followed later generations than the backup's; the restored one is beyond them, and each of
+/// several is another.
 const AHEAD: i64 = 1_000_000_000;
 
 /// Calls a macro with every table that is kept. What nodes tell anew is not.
@@ -63,7 +63,7 @@ pub async fn write(store: &Store, mut to: impl Write) -> anyhow::Result<()> {
     Ok(())
 }
 
-async fn dump<E>(db: &impl ConnectionTrait, to: &mut impl Write) -> anyhow::Result<()>
+async fn dump<E>(db: &DatabaseTransaction, to: &mut impl Write) -> anyhow::Result<()>
 where
     E: EntityTrait,
     E::Model: FromQueryResult + Serialize + Send + Sync,
@@ -73,14 +73,9 @@ where
     for key in E::PrimaryKey::iter() {
         query = query.order_by_asc(key.into_column());
     }
-    for part in 0.. {
-        let rows = query.clone().limit(PART).offset(part * PART).all(db).await?;
-        if rows.is_empty() {
-            return Ok(());
-        }
-        for row in rows {
-            writeln!(to, "{}", json!({ "table": table.table_name(), "row": row }))?;
-        }
+    let mut rows = query.stream(db).await?;
+    while let Some(row) = rows.next().await.transpose()? {
+        writeln!(to, "{}", json!({ "table": table.table_name(), "row": row }))?;
     }
     Ok(())
 }
@@ -103,32 +98,31 @@ pub async fn restore(store: &Store, from: impl BufRead) -> anyhow::Result<()> {
         anyhow::bail!("line 1: not a backup this version can read");
     }
     let mut whole = false;
+    // Rows of one table, and the lines they come from.
+    let (mut table, mut rows, mut first) = (String::new(), Vec::new(), 2);
     for (index, line) in lines.enumerate() {
         let number = index + 2;
         let mut line: Value = serde_json::from_str(&line?)
             .with_context(|| format!("line {number}: it is broken here"))?;
+        let next = line["table"].as_str().unwrap_or_default();
+        if rows.len() == ROWS || (next != table && !rows.is_empty()) {
+            put_rows(&db, &table, std::mem::take(&mut rows))
+                .await
+                .with_context(|| format!("lines {first} to {}", number - 1))?;
+            first = number;
+        }
         if line["end"] == true {
             whole = true;
             continue;
         }
-        let row = line["row"].take();
-        let table = line["table"].as_str().unwrap_or_default();
-        macro_rules! each {
-            ($($table:ident),*) => {
-                $(if table == entity::$table::Entity.table_name() {
-                    put::<entity::$table::Entity>(&db, row)
-                        .await
-                        .with_context(|| format!("line {number}"))?;
-                    continue;
-                })*
-            };
-        }
-        tables!(each);
-        anyhow::bail!("line {number}: unknown table {table:?}");
+        next.clone_into(&mut table);
+        rows.push(line["row"].take());
     }
     anyhow::ensure!(whole, "the backup is cut short");
-    let ahead = format!("UPDATE head SET generation = generation + {AHEAD}");
-    db.execute_raw(Statement::from_string(db.get_database_backend(), ahead)).await?;
+    let head = entity::head::Entity::find().one(&db).await?.context("there is no generation")?;
+    let mut head = head.into_active_model();
+    head.generation = Set(beyond(head.generation.take().unwrap_or_default()));
+    head.update(&db).await?;
     let is_mysql = db.get_database_backend() == DatabaseBackend::MySql;
     if !is_mysql {
         leave_out_numbers(&db).await?;
@@ -142,6 +136,11 @@ pub async fn restore(store: &Store, from: impl BufRead) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// Beyond what was given out after the backup, also by what an earlier restore of it went on with.
+fn beyond(last: i64) -> i64 {
+    (last + AHEAD).max(now())
+}
+
 /// Numbers that were given out after the backup, or whose row was deleted before it, are not given out again:
 /// what they moved would be another's.
 async fn leave_out_numbers(db: &impl ConnectionTrait) -> anyhow::Result<()> {
@@ -150,7 +149,7 @@ async fn leave_out_numbers(db: &impl ConnectionTrait) -> anyhow::Result<()> {
         let last = format!("SELECT COALESCE(MAX(id), 0) AS last FROM {table}");
         let row = db.query_one_raw(Statement::from_string(backend, last)).await?;
         let last: i64 = row.map_or(Ok(0), |row| row.try_get("", "last"))?;
-        let next = last + AHEAD;
+        let next = beyond(last);
         let steps = match backend {
             DatabaseBackend::MySql => vec![format!("ALTER TABLE {table} AUTO_INCREMENT = {next}")],
             _ => vec![
@@ -165,14 +164,29 @@ async fn leave_out_numbers(db: &impl ConnectionTrait) -> anyhow::Result<()> {
     Ok(())
 }
 
-async fn put<E>(db: &impl ConnectionTrait, row: Value) -> anyhow::Result<()>
+async fn put_rows(db: &DatabaseTransaction, table: &str, rows: Vec<Value>) -> anyhow::Result<()> {
+    macro_rules! each {
+        ($($table:ident),*) => {
+            $(if table == entity::$table::Entity.table_name() {
+                return put::<entity::$table::Entity>(db, rows).await;
+            })*
+        };
+    }
+    tables!(each);
+    anyhow::bail!("unknown table {table:?}")
+}
+
+async fn put<E>(db: &DatabaseTransaction, rows: Vec<Value>) -> anyhow::Result<()>
 where
     E: EntityTrait,
     E::Model: DeserializeOwned + ModelTrait<Entity = E> + IntoActiveModel<E::ActiveModel>,
     E::ActiveModel: Send,
 {
-    let model: E::Model = serde_json::from_value(row)?;
-    let row = model.into_active_model().reset_all();
-    E::insert(row).exec_without_returning(db).await?;
+    let row = |row: Value| -> anyhow::Result<E::ActiveModel> {
+        let model: E::Model = serde_json::from_value(row)?;
+        Ok(model.into_active_model().reset_all())
+    };
+    let rows = rows.into_iter().map(row).collect::<anyhow::Result<Vec<_>>>()?;
+    E::insert_many(rows).exec_without_returning(db).await?;
     Ok(())
 }

@@ -52,6 +52,8 @@ const LOOK: Duration = Duration::from_millis(500);
 const COALESCE: Duration = Duration::from_millis(100);
 /// How long the database may be away before a node is let go, to come back.
 const PATIENCE: Duration = Duration::from_secs(2);
+/// One step with the database takes no longer than that: it may hang.
+const STEP: Duration = Duration::from_secs(30);
 
 use authority::fingerprint;
 pub use authority::{Authority, Issued};
@@ -248,7 +250,7 @@ impl Hub {
         if let Err(gone) = gone {
             tracing::info!(node = %node.row.name, %gone, "node disconnected");
         }
-        let _ = self.disconnected(&node).await;
+        let _ = timeout(STEP, self.disconnected(&node)).await;
     }
 
     async fn greet(&self, peer: &mut Peer, shown: Option<&[u8]>) -> Result<Node, Gone> {
@@ -303,7 +305,9 @@ impl Hub {
         change.generation = Set(hello.generation.cast_signed());
         // Another boot's; what this one refuses it will say.
         change.refusal = Set(String::new());
-        let row = change.update(self.store.db()).await?;
+        let mut row = change.update(self.store.db()).await?;
+        // MySQL reads it again, when it may be another boot's already.
+        (row.boot, row.generation) = (hello.boot.cast_signed(), hello.generation.cast_signed());
         let begun = boot::ActiveModel {
             node_id: Set(row.id),
             boot: Set(hello.boot.cast_signed()),
@@ -325,7 +329,7 @@ impl Hub {
         // What came to it, or what was asked before it began; numbers are lower in a database that was restored.
         let command = begun.map_or(0, |boot| boot.command).max(hello.command.cast_signed());
         let command = command.min(self.last_command().await?);
-        Ok(Node { row, shown, command, taken_back: HashSet::new() })
+        Ok(Node { row, shown, command, taken_back: HashSet::new(), is_new: true })
     }
 
     async fn enrol(&self, name: &str) -> Result<node::Model, Gone> {
@@ -366,7 +370,7 @@ impl Hub {
                                     let _ = oneshot::Sender::send(answer, explained);
                                 }
                             }
-                            body => self.heard(peer, node, body).await?,
+                            body => in_time(self.heard(peer, node, body)).await?,
                         }
                         // What the database took is not the node's silence.
                         heard = Instant::now();
@@ -390,15 +394,18 @@ impl Hub {
                     // Quotas may have been lowered just before the last connection was lost.
                     let users = news.metered.as_deref().filter(|_| trimmed);
                     trimmed = true;
-                    let lowered = lease::trim(&self.store, node.key(), users).await?;
-                    self.take_back(peer, node, lowered).await?;
+                    let lowered = in_time(async {
+                        Ok(lease::trim(&self.store, node.key(), users).await?)
+                    });
+                    self.take_back(peer, node, lowered.await?).await?;
                 }
-                _ = looked.changed() => self.command(peer, node).await?,
+                _ = looked.changed() => in_time(self.command(peer, node)).await?,
                 _ = look.tick() => {
-                    if heard.elapsed() > SILENT {
+                    // While it was sent something, what it said was only taken in.
+                    if heard.elapsed().min(peer.heard().elapsed()) > SILENT {
                         return Err(Gone::Refused("silent for 20 s".into()));
                     }
-                    self.command(peer, node).await?;
+                    in_time(self.command(peer, node)).await?;
                 }
             }
         }
@@ -426,7 +433,8 @@ impl Hub {
     async fn send_changes(&self, peer: &mut Peer, known: u64) -> Result<Arc<News>, Gone> {
         let began = Instant::now();
         loop {
-            match self.publisher.news(known).await {
+            let news = in_time(async { Ok(self.publisher.news(known).await) });
+            match news.await? {
                 Ok(news) => {
                     if news.generation != known {
                         peer.send_frame(&news.frame).await?;
@@ -453,7 +461,10 @@ impl Hub {
             }
             up::Body::Heartbeat(beat) => self.beat(node, &beat).await?,
             up::Body::Report(report) => {
-                let spent = usage::apply(&self.store, node.row.id, &report).await?;
+                // Who was told of by the first may have been told of before, to a control plane that was killed
+                // before it could say so.
+                let all = report.last || std::mem::replace(&mut node.is_new, false);
+                let spent = usage::apply(&self.store, node.row.id, &report, all).await?;
                 for usage in report.users.iter().filter(|usage| usage.held.is_some()) {
                     node.taken_back.remove(&usage.user);
                 }
@@ -627,6 +638,12 @@ impl Hub {
     }
 }
 
+/// A step that asks the database, which may hang.
+async fn in_time<T>(step: impl Future<Output = Result<T, Gone>>) -> Result<T, Gone> {
+    let hangs = || Gone::Database(DbErr::Custom("the database did not answer for 30 s".into()));
+    timeout(STEP, step).await.map_err(|_| hangs())?
+}
+
 async fn delete_sessions(db: &impl ConnectionTrait, (node, boot): Boot) -> Result<(), DbErr> {
     session::Entity::delete_many()
         .filter(session::Column::NodeId.eq(node))
@@ -673,6 +690,8 @@ struct Node {
     command: i64,
     /// Users of whose leases some was taken back, until it has told what it still holds.
     taken_back: HashSet<u64>,
+    /// Whether no report has come on this connection.
+    is_new: bool,
 }
 
 impl Node {

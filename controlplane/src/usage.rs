@@ -1,6 +1,6 @@
 //! What users have moved: quota periods, and reports applied exactly once.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeSet, HashMap, HashSet};
 
 use culvert_api::link;
 use sea_orm::{
@@ -63,14 +63,20 @@ pub async fn sums(db: &impl ConnectionTrait, rows: &str) -> Result<[i64; 2], DbE
     Ok([row.try_get("", "up")?, row.try_get("", "down")?])
 }
 
-/// Applies a report; one that was applied before changes nothing. Returns users whose quota it spent.
+/// Applies a report; one that was applied before changes nothing. Returns users whose quota it spent, or, of
+/// `all` in it, those whose quota is spent.
 ///
 /// # Errors
 /// The database failed; nothing was applied then.
-pub async fn apply(store: &Store, node: i64, said: &link::Report) -> Result<Vec<i64>, DbErr> {
+pub async fn apply(
+    store: &Store,
+    node: i64,
+    said: &link::Report,
+    all: bool,
+) -> Result<Vec<i64>, DbErr> {
     let apply = || async {
         let db = store.db().begin().await?;
-        let spent = apply_once(&db, node, said).await?;
+        let spent = apply_once(&db, node, said, all).await?;
         db.commit().await?;
         Ok(spent)
     };
@@ -81,6 +87,7 @@ async fn apply_once(
     db: &DatabaseTransaction,
     node: i64,
     said: &link::Report,
+    all: bool,
 ) -> Result<Vec<i64>, DbErr> {
     let sequence = said.sequence.cast_signed();
     let key = (node, said.boot.cast_signed());
@@ -114,7 +121,7 @@ async fn apply_once(
     users.sort_by_key(|usage| usage.user);
     let mut spent = Vec::new();
     for part in users.chunks(ROWS) {
-        spent.extend(apply_part(db, key, part).await?);
+        spent.extend(apply_part(db, key, part, all).await?);
     }
     crate::lease::told(db, key, said).await?;
     Ok(spent)
@@ -124,6 +131,7 @@ async fn apply_part(
     db: &DatabaseTransaction,
     (node, boot): (i64, i64),
     part: &[link::Usage],
+    all: bool,
 ) -> Result<Vec<i64>, DbErr> {
     let ids: Vec<i64> = part.iter().map(|usage| usage.user.cast_signed()).collect();
     let before: HashMap<i64, (i64, i64)> = node_usage::Entity::find()
@@ -168,7 +176,8 @@ async fn apply_part(
     add(db, "node_usage", "node_id, boot, user_id", &sums).await?;
     add(db, "traffic_logs", "at, user_id, node_id", &minutes).await?;
     add(db, "user_usage", "user_id, period", &periods).await?;
-    let moved = quotas.keys().copied().filter(|id| periods.iter().any(|row| row[0] == *id));
+    let moved: HashSet<i64> = periods.iter().map(|row| row[0]).collect();
+    let moved = quotas.keys().copied().filter(|id| all || moved.contains(id));
     let used = usage::Entity::find().filter(usage::Column::UserId.is_in(moved)).all(db).await?;
     let is_spent = |row: &usage::Model| {
         let quota = quotas.get(&row.user_id).filter(|(start, _)| *start == row.period);
@@ -282,4 +291,34 @@ fn row_of(node: i64, boot: i64, record: &link::Record) -> Option<access_log::Act
         body: Set(String::from_utf8_lossy(&record.json).into_owned()),
         ..Default::default()
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::store::tests::{new_store, servers};
+
+    /// Whoever was killed before it could tell is asked by the next connection's first report.
+    #[tokio::test]
+    async fn a_spent_quota_is_told_again() {
+        for server in servers() {
+            let (store, _folder) = new_store(server.as_deref()).await;
+            let mut row = crate::app::new_user("ann", "", "user");
+            row.quota_bytes = Set(Some(100));
+            row.quota_period = Set(Some("total".into()));
+            let ann = row.insert(store.db()).await.unwrap().id;
+            let report = |sequence: u64| link::Report {
+                boot: 1,
+                sequence,
+                users: vec![link::Usage { user: ann as u64, up: 60, down: 60, held: None }],
+                ..link::Report::default()
+            };
+            let spent =
+                async |sequence, all| apply(&store, 1, &report(sequence), all).await.unwrap();
+            assert_eq!(spent(1, false).await, [ann]);
+            assert_eq!(spent(2, false).await, [0; 0]);
+            assert_eq!(spent(3, true).await, [ann]);
+            assert_eq!(sums(store.db(), "user_usage WHERE period = 0").await.unwrap(), [60, 60]);
+        }
+    }
 }

@@ -117,7 +117,7 @@ fn parse_user(text: &str) -> Result<UserArg, String> {
     }
 }
 
-/// `:1080` is every address of this host.
+/// `:1080` is every IPv4 address of this host.
 fn parse_listen(text: &str) -> Result<SocketAddr, String> {
     let whole = match text.strip_prefix(':') {
         Some(port) => format!("0.0.0.0:{port}"),

@@ -37,6 +37,7 @@ use crate::{
     log::Spool,
     node::{Node, beside_the_workers},
     policy::clock,
+    session::LiveInfo,
 };
 
 /// How often sums are reported when they changed.
@@ -349,7 +350,7 @@ impl Follower {
         // Everything that is not acknowledged is sent anew on a new connection.
         let mut sent_record = 0;
         let mut end = End::No;
-        let mut questions = JoinSet::new();
+        let (mut questions, mut lists) = (JoinSet::new(), JoinSet::new());
         loop {
             tokio::select! {
                 received = peer.receive() => match received?.body {
@@ -403,9 +404,18 @@ impl Follower {
                 _ = report.tick(), if outstanding.is_none() && end == End::No => {
                     outstanding = self.report(node, peer, false).await?;
                 }
-                _ = beat.tick() => self.beat(node, peer).await?,
+                _ = beat.tick() => {
+                    self.beat(node, peer).await?;
+                    // Beside all else: with many sessions it takes a while.
+                    if lists.is_empty() {
+                        let node = node.clone();
+                        lists.spawn(async move { node.sessions().await });
+                    }
+                }
+                Some(Ok(sessions)) = lists.join_next() => tell_live(peer, sessions).await?,
                 _ = look.tick() => {
-                    if outstanding.as_ref().is_some_and(|sent| sent.at.elapsed() > SILENT) {
+                    let waits = outstanding.as_ref().is_some_and(|sent| sent.at.elapsed() > SILENT);
+                    if waits && peer.heard().elapsed() > SILENT {
                         return Err(Gone::Silent);
                     }
                     // What is not answered has to wait for another node.
@@ -716,15 +726,17 @@ impl Follower {
             ready: node.is_ready(),
             uptime: node.started.elapsed().as_secs(),
         };
-        peer.send(up::Body::Heartbeat(beat)).await?;
-        let sessions =
-            node.sessions().await.into_iter().take(LIVE_MAX).map(|live| link::LiveSession {
-                id: live.id,
-                user: live.user_id,
-                json: serde_json::to_vec(&live).unwrap_or_default(),
-            });
-        Ok(peer.send(up::Body::Live(link::Live { sessions: sessions.collect() })).await?)
+        Ok(peer.send(up::Body::Heartbeat(beat)).await?)
     }
+}
+
+async fn tell_live(peer: &mut Peer, sessions: Vec<LiveInfo>) -> Result<(), Gone> {
+    let told = sessions.into_iter().take(LIVE_MAX).map(|live| link::LiveSession {
+        id: live.id,
+        user: live.user_id,
+        json: serde_json::to_vec(&live).unwrap_or_default(),
+    });
+    Ok(peer.send(up::Body::Live(link::Live { sessions: told.collect() })).await?)
 }
 
 /// How the control plane is reached.

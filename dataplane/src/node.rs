@@ -25,10 +25,7 @@ use culvert_api::{
     Place, Problem,
     policy::{Access, Policy},
 };
-use culvert_rt::{
-    Driver, ListenerOptions, Runtime, RuntimeOptions, Sender, bind_listener, mailbox,
-    probe_listener,
-};
+use culvert_rt::{Driver, Runtime, RuntimeOptions, Sender, bind_listener, mailbox, probe_listener};
 use tokio::sync::{Notify, mpsc, oneshot};
 
 pub use reload::Source;
@@ -156,9 +153,14 @@ impl Node {
                 let hint = bind_hint(&error);
                 anyhow::anyhow!("listener {}: {}: {error}{hint}", listener.name, listener.bind)
             };
-            probe_listener(bind).map_err(failed)?;
+            // Two listeners share a port if one takes IPv4 and the other IPv6.
+            let beside = |other: &crate::config::ListenerConfig| {
+                other.bind.is_ipv4() && other.bind.port() == bind.port()
+            };
+            let only_v6 = bind.is_ipv6() && config.listeners.iter().any(beside);
+            probe_listener(bind, only_v6).map_err(failed)?;
             for sockets in &mut sockets {
-                let fd = bind_listener(bind, ListenerOptions::default()).map_err(failed)?;
+                let fd = bind_listener(bind, only_v6).map_err(failed)?;
                 // Port 0 was chosen by the kernel for the first worker; the others share it.
                 bind = local_addr(&fd)?;
                 sockets.push(fd);

@@ -20,7 +20,7 @@ pub use authorize::{Decision, Denial, Permit, Query, Resolved};
 pub use bucket::{Bucket, Grant, UNITS_MIN, clock};
 pub use compile::{Draft, compile};
 pub use credential::{Credential, CredentialError, RememberKey, hash_password};
-pub use internal::is_internal;
+pub use internal::{embedded_v4, is_internal};
 pub use login::{Limits as ThrottleLimits, LoginError, LoginPool, LoginTicket, Throttles, Whose};
 pub use snapshot::{Directory, OwnAddresses, Snapshot, Upstream, snapshots_alive};
 pub use table::{Held, Table, TableError, client_key};

@@ -87,6 +87,28 @@ struct Times {
 struct Established {
     permit: Permit,
     dialled: Dialled,
+    /// Whether it has carried a request before.
+    is_used: bool,
+}
+
+/// A connection to a target that may carry a further request, for a while.
+struct Kept {
+    established: Box<Established>,
+    since: Instant,
+}
+
+/// After that a target, or somebody on the way, may have forgotten a connection.
+const KEPT: Duration = Duration::from_secs(30);
+
+impl Kept {
+    fn new(established: Box<Established>) -> Self {
+        Self { established, since: Instant::now() }
+    }
+
+    /// The connection, unless it is too old.
+    fn take(self) -> Option<Box<Established>> {
+        (self.since.elapsed() < KEPT).then_some(self.established)
+    }
 }
 
 /// A session from accept to record.
@@ -181,7 +203,7 @@ impl Session {
         &self,
         mut handshake: Box<dyn Handshake>,
         request: &Request,
-        kept: &mut Option<Box<Established>>,
+        kept: &mut Option<Kept>,
     ) -> Result<Box<dyn Handshake>, End> {
         let mut record = Record::begin(self, request);
         let established = match Box::pin(self.establish(request, &mut record, kept)).await {
@@ -209,18 +231,25 @@ impl Session {
         }
         match &request.command {
             Command::Forward(forward) => {
-                let exchange = self.exchange(&mut *handshake, forward, &established.dialled);
+                let again = established.is_used && forward.may_be_sent_again();
+                let exchange = self.exchange(&mut *handshake, forward, &established.dialled, again);
                 let exchanged = Box::pin(exchange).await;
                 record.status = exchanged.status;
                 record.finish(self, exchanged.end);
+                if exchanged.again {
+                    // The target had ended the kept connection (RFC 9110 section 9.2.2).
+                    drop(established);
+                    return Box::pin(self.carry(handshake, request, kept)).await;
+                }
                 self.live.exchanged();
                 if !exchanged.client_stays || self.worker.is_draining() {
-                    if exchanged.unread {
+                    // A next request may have come meanwhile: unread, it would reset the answer.
+                    if exchanged.unread || exchanged.end.cause == Cause::Finished {
                         Box::pin(self.linger()).await;
                     }
                     return Err(exchanged.end);
                 }
-                *kept = exchanged.upstream_stays.then_some(established);
+                *kept = exchanged.upstream_stays.then(|| Kept::new(established));
                 self.await_next();
                 Ok(handshake)
             }

@@ -15,7 +15,7 @@ use std::{
         Arc,
         atomic::{AtomicBool, Ordering::Relaxed},
     },
-    time::{Duration, SystemTime, UNIX_EPOCH},
+    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
 use arc_swap::ArcSwap;
@@ -39,8 +39,10 @@ use crate::{
 pub const MAILBOX: usize = 8192;
 /// Records a worker's queue holds before new ones are dropped and counted.
 pub const RECORDS: usize = 8192;
-/// Sessions judged again, or told of, between two turns of the worker.
+/// Sessions judged again, or told of, between two looks at the clock.
 const SLICE: usize = 100;
+/// So long that goes on before others have their turn, and so long is theirs.
+const TURN: Duration = Duration::from_millis(1);
 
 /// What all workers share.
 pub struct Shared {
@@ -315,9 +317,10 @@ impl Worker {
         spawn(async move {
             let live = worker.live();
             let mut list = Vec::with_capacity(live.len());
+            let mut began = Instant::now();
             for slice in live.chunks(SLICE) {
                 list.extend(slice.iter().map(|live| live.info()));
-                sleep(Duration::from_millis(1)).await;
+                rest(&mut began).await;
             }
             let _ = reply.send(list);
         });
@@ -356,6 +359,7 @@ impl Worker {
     async fn judge_once(&self) {
         let snapshot = self.snapshot();
         let live = self.live();
+        let mut began = Instant::now();
         for slice in live.chunks(SLICE) {
             for live in slice {
                 if !live.is_allowed(&snapshot) {
@@ -363,8 +367,16 @@ impl Worker {
                     self.counters.revoked.add(1);
                 }
             }
-            sleep(Duration::from_millis(1)).await;
+            rest(&mut began).await;
         }
         self.counters.generation.add(snapshot.generation - self.counters.generation.get());
+    }
+}
+
+/// Lets others have their turn, if what goes on since `began` has had its own.
+async fn rest(began: &mut Instant) {
+    if began.elapsed() >= TURN {
+        sleep(TURN).await;
+        *began = Instant::now();
     }
 }

@@ -73,8 +73,9 @@ impl Settings {
         let rows = setting::Entity::find().all(db).await?;
         let mut map = serde_json::to_value(Self::default()).unwrap_or_default();
         for row in rows {
-            if let (Some(map), Ok(value)) = (map.as_object_mut(), serde_json::from_str(&row.value))
-            {
+            // What is no JSON is no value of any of them; other rows are not settings.
+            let value = serde_json::from_str(&row.value).unwrap_or(row.value.into());
+            if let Some(map) = map.as_object_mut() {
                 map.insert(row.name, value);
             }
         }
@@ -216,7 +217,9 @@ mod tests {
     #[tokio::test]
     async fn what_is_not_known_opens_nothing() {
         let (store, _folder) = crate::store::tests::new_store(None).await;
-        for (name, value) in [("default_policy", "\"ask\""), ("deny_ports", "[70000]")] {
+        for (name, value) in
+            [("default_policy", "\"ask\""), ("default_policy", "deny"), ("deny_ports", "[70000]")]
+        {
             let row = setting::ActiveModel { name: Set(name.into()), value: Set(value.into()) };
             setting::Entity::insert(row).exec_without_returning(store.db()).await.unwrap();
             let settings = Settings::load(store.db()).await.unwrap();

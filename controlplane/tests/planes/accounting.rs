@@ -227,10 +227,24 @@ fn a_backup_is_restored_into_either_database() {
         transfer(&node, "ann", target, 700);
         await_some("bytes", || (planes.used(&id) == moved + 1400).then_some(()));
         kick(&planes);
-        // Nor is a number given out twice.
-        assert_ne!(planes.user("later", json!({})), late);
+        // Nor is a number given out twice, also by another restore of the same.
+        let later = planes.user("later", json!({}));
+        assert_ne!(later, late);
         let log = planes.must("GET", "/logs/audit?action=backup.restore", Value::Null);
         assert_eq!(log["total"], 1, "{log}");
+        let generation = |planes: &Planes| {
+            let health = planes.must("GET", "/proxy/health", Value::Null);
+            health["generation"].as_u64().unwrap()
+        };
+        let before = generation(&planes);
+        planes.control.terminate();
+        planes.forget_database();
+        let (ok, said) = planes.command(&["restore"], &backup);
+        assert!(ok, "{said}");
+        planes.restart_control();
+        assert!(generation(&planes) > before);
+        assert_ne!(planes.user("later", json!({})), later);
+        await_some("tunnel", || node.tunnel("later", target).ok());
     });
 }
 

@@ -10,7 +10,7 @@ use std::{
     marker::PhantomData,
     pin::Pin,
     task::{Context, Poll},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use culvert_api::link::{Decoder, FRAME_MAX, FrameError, encode};
@@ -52,6 +52,7 @@ pub struct Peer<In, Out> {
     bytes: Box<[u8]>,
     decoder: Decoder,
     out: Vec<u8>,
+    heard: Instant,
     messages: PhantomData<fn(Out) -> In>,
 }
 
@@ -63,8 +64,14 @@ impl<In: Message + Default, Out: Message> Peer<In, Out> {
             bytes: vec![0; RECEIVE].into(),
             decoder: Decoder::default(),
             out: Vec::new(),
+            heard: Instant::now(),
             messages: PhantomData,
         }
+    }
+
+    /// When bytes came last: a large message may take long, which is not silence.
+    pub fn heard(&self) -> Instant {
+        self.heard
     }
 
     /// The next message. May be dropped: nothing is lost.
@@ -152,6 +159,7 @@ impl<In: Message + Default, Out: Message> Peer<In, Out> {
             return Err(io::Error::from(io::ErrorKind::UnexpectedEof).into());
         }
         self.decoder.push(&self.bytes[..bytes]);
+        self.heard = Instant::now();
         Ok(())
     }
 }

@@ -167,6 +167,15 @@ pub struct Forward {
     pub exchange: crate::http::Exchange,
 }
 
+impl Forward {
+    /// Whether the request changes nothing at the target and is told by its head alone (RFC 9110 section
+    /// 9.2.1).
+    pub fn may_be_sent_again(&self) -> bool {
+        let safe: [&[u8]; 3] = [b"GET ", b"HEAD ", b"OPTIONS "];
+        self.body.is_over() && safe.iter().any(|method| self.head.starts_with(method))
+    }
+}
+
 /// How a request went, in neutral words.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Outcome {

@@ -35,7 +35,7 @@ pub use connect::{ConnectOptions, connect};
 pub use deadline::{Guarded, Stopped, Ticks, Watch, Wheel, now};
 pub use interfaces::local_addresses;
 pub use join::{Join, join};
-pub use listener::{Accepted, Listener, ListenerOptions, bind_listener, probe_listener};
+pub use listener::{Accepted, Listener, bind_listener, probe_listener};
 pub use mailbox::{Full, Inbox, Mailbox, Sender, mailbox};
 pub use pipe::{PIPE_BYTES, PIPES_MAX, Pipe, set_pipes_max};
 pub use process::{

@@ -17,29 +17,25 @@ const BACKLOG: i32 = 4096;
 /// Wait after an accept failed for want of descriptors or memory.
 const BACK_OFF: Duration = Duration::from_millis(50);
 
-/// How a listening socket is made.
-#[derive(Debug, Clone, Copy, Default)]
-pub struct ListenerOptions {
-    /// An IPv6 socket takes IPv6 only.
-    pub only_v6: bool,
-}
-
 /// Whether another program listens on an address, which SO_REUSEPORT would hide: two would share the
 /// clients between them.
 ///
 /// # Errors
 /// What a plain bind says, above all that the address is in use.
-pub fn probe_listener(address: SocketAddr) -> io::Result<()> {
+pub fn probe_listener(address: SocketAddr, only_v6: bool) -> io::Result<()> {
     let kind = Type::STREAM.cloexec();
     let socket = socket2::Socket::new(Domain::for_address(address), kind, Some(Protocol::TCP))?;
     // Connections that linger from before do not count.
     socket.set_reuse_address(true)?;
+    if address.is_ipv6() {
+        socket.set_only_v6(only_v6)?;
+    }
     socket.bind(&SockAddr::from(address))
 }
 
 /// Binds one listening socket with SO_REUSEPORT and SO_REUSEADDR. TCP_NODELAY is set here: accepted
-/// sockets inherit it, so it holds from the first byte.
-pub fn bind_listener(address: SocketAddr, options: ListenerOptions) -> io::Result<OwnedFd> {
+/// sockets inherit it, so it holds from the first byte. With `only_v6` an IPv6 socket takes no IPv4 clients.
+pub fn bind_listener(address: SocketAddr, only_v6: bool) -> io::Result<OwnedFd> {
     let socket = socket2::Socket::new(
         Domain::for_address(address),
         Type::STREAM.nonblocking().cloexec(),
@@ -48,7 +44,7 @@ pub fn bind_listener(address: SocketAddr, options: ListenerOptions) -> io::Resul
     socket.set_reuse_address(true)?;
     socket.set_reuse_port(true)?;
     if address.is_ipv6() {
-        socket.set_only_v6(options.only_v6)?;
+        socket.set_only_v6(only_v6)?;
     }
     socket.set_tcp_nodelay(true)?;
     socket.bind(&SockAddr::from(address))?;

@@ -204,6 +204,20 @@ impl Socket {
         .await
     }
 
+    /// Whether the connection is gone as a whole (`TCP_INFO`): what looks like the peer's end before ours was a
+    /// reset, whose error another operation may have taken.
+    pub fn is_gone(&self) -> bool {
+        const TCP_CLOSE: u8 = 7;
+        let (mut state, mut len) = (0u8, 1 as libc::socklen_t);
+        // SAFETY: `state` is writable for the one byte that `len` says, and both outlive the call. The state
+        // is the first byte of `struct tcp_info`.
+        let got = unsafe {
+            let state = (&raw mut state).cast();
+            libc::getsockopt(self.raw_fd(), libc::IPPROTO_TCP, libc::TCP_INFO, state, &raw mut len)
+        };
+        got == 0 && state == TCP_CLOSE
+    }
+
     /// Ends our side of the stream (FIN).
     pub fn shutdown_write(&self) -> io::Result<()> {
         self.borrow(|socket| socket.shutdown(Shutdown::Write))

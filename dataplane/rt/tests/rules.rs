@@ -12,8 +12,8 @@ use std::{
 };
 
 use culvert_rt::{
-    Buffer, ConnectOptions, Driver, DriverChoice, Listener, ListenerOptions, Runtime,
-    RuntimeOptions, Signal, Socket, Watch, Wheel, bind_listener, connect, mailbox, spawn,
+    Buffer, ConnectOptions, Driver, DriverChoice, Listener, Runtime, RuntimeOptions, Signal,
+    Socket, Watch, Wheel, bind_listener, connect, mailbox, spawn,
 };
 
 /// Runs a future on a worker of each driver, each in its own thread.
@@ -48,7 +48,7 @@ fn pair() -> (TcpStream, TcpStream) {
 #[test]
 fn clients_are_accepted_by_readiness_and_have_nodelay_from_the_first_byte() {
     on_both(|| async {
-        let fd = bind_listener("127.0.0.1:0".parse().unwrap(), ListenerOptions::default()).unwrap();
+        let fd = bind_listener("127.0.0.1:0".parse().unwrap(), false).unwrap();
         let listener = Listener::from_fd(fd).unwrap();
         let address = listener.local_addr().unwrap();
         // Waits that are dropped lose no client.

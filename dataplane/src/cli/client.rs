@@ -98,10 +98,21 @@ fn carry(proxy: &Proxy, mut client: TcpStream) -> anyhow::Result<()> {
         let _ = std::io::copy(&mut from, &mut to);
         let _ = to.shutdown(Shutdown::Write);
     });
-    std::io::copy(&mut stream, &mut client)?;
-    client.shutdown(Shutdown::Write)?;
+    let copied = std::io::copy(&mut stream, &mut client);
+    match copied {
+        Ok(_) => client.shutdown(Shutdown::Write)?,
+        Err(_) => {
+            // What was cut must not look finished, to either side.
+            for socket in [&client, &stream] {
+                let _ = socket2::SockRef::from(socket).set_linger(Some(std::time::Duration::ZERO));
+            }
+            // The other direction may wait for a client that says nothing.
+            let _ = client.shutdown(Shutdown::Read);
+            let _ = stream.shutdown(Shutdown::Both);
+        }
+    }
     let _ = upload.join();
-    Ok(())
+    copied.map(drop).map_err(Into::into)
 }
 
 impl Proxy {

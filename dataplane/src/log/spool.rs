@@ -4,7 +4,7 @@
 use std::{
     collections::VecDeque,
     fs::{File, OpenOptions},
-    io::{self, Write},
+    io,
     os::unix::fs::{FileExt, OpenOptionsExt},
     path::{Path, PathBuf},
     sync::Mutex,
@@ -12,10 +12,12 @@ use std::{
 
 use culvert_api::link::{Decoder, Record, encode};
 
-/// Bytes that may wait; further records are dropped and counted.
+/// Bytes that may wait; further records are dropped and counted. The file has twice as many at most.
 const BYTES_MAX: u64 = 256 << 20;
 /// Acknowledged bytes at the file's head beyond which it is written anew.
 const HEAD_MAX: u64 = 8 << 20;
+/// Bytes copied at once.
+const COPIED: usize = 1 << 20;
 
 /// Records that wait, of one boot.
 pub struct Spool {
@@ -61,6 +63,14 @@ impl Spool {
         for entry in std::fs::read_dir(dir)? {
             let entry = entry?;
             let name = entry.file_name();
+            if name
+                .to_str()
+                .is_some_and(|name| name.starts_with("records-") && name.ends_with(".new"))
+            {
+                // A copy that a killed process did not finish.
+                std::fs::remove_file(entry.path())?;
+                continue;
+            }
             let boot = name.to_str().and_then(|name| name.strip_prefix("records-"));
             let Some(boot) = boot.and_then(|boot| u64::from_str_radix(boot, 16).ok()) else {
                 continue;
@@ -135,21 +145,29 @@ impl Spool {
             if inner.file.set_len(0).is_ok() {
                 (inner.start, inner.end) = (0, 0);
             }
-        } else if inner.start > HEAD_MAX {
-            let _ = self.shorten(&mut inner);
+        } else if inner.start > HEAD_MAX && inner.start > inner.end - inner.start {
+            // All in all no more is copied than was written. Without room for the copy it waits.
+            let path = self.path.with_extension("new");
+            if self.shorten(&mut inner, &path).is_err() {
+                let _ = std::fs::remove_file(path);
+            }
         }
     }
 
     /// Writes what waits to a new file.
-    fn shorten(&self, inner: &mut Inner) -> io::Result<()> {
-        let mut bytes = vec![0; usize::try_from(inner.end - inner.start).unwrap_or(0)];
-        inner.file.read_exact_at(&mut bytes, inner.start)?;
-        let path = self.path.with_extension("new");
+    fn shorten(&self, inner: &mut Inner, path: &Path) -> io::Result<()> {
         let mut options = OpenOptions::new();
-        let mut file =
-            options.read(true).write(true).create(true).truncate(true).mode(0o600).open(&path)?;
-        file.write_all(&bytes)?;
-        std::fs::rename(&path, &self.path)?;
+        let file =
+            options.read(true).write(true).create(true).truncate(true).mode(0o600).open(path)?;
+        let mut bytes = vec![0; COPIED];
+        let mut at = inner.start;
+        while at < inner.end {
+            let part = &mut bytes[..COPIED.min(usize::try_from(inner.end - at).unwrap_or(COPIED))];
+            inner.file.read_exact_at(part, at)?;
+            file.write_all_at(part, at - inner.start)?;
+            at += part.len() as u64;
+        }
+        std::fs::rename(path, &self.path)?;
         let start = inner.start;
         inner.file = file;
         (inner.start, inner.end) = (0, inner.end - start);
@@ -219,7 +237,7 @@ mod tests {
         assert!(spool.push(1, &json, drop));
         // Numbers go on, whatever was refused.
         assert_eq!(sequences(&spool, 254), [255, 256, 257]);
-        assert!(length() <= BYTES_MAX);
+        assert!(length() <= 2 * BYTES_MAX);
     }
 
     #[test]

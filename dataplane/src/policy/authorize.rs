@@ -11,7 +11,7 @@ use culvert_proto::{Host, Name, Protocol, Target};
 use jiff::Timestamp;
 
 use super::{
-    Match, Ports, Snapshot, TargetSet, Upstream, User, is_internal,
+    Match, Ports, Snapshot, TargetSet, Upstream, User, embedded_v4, is_internal,
     snapshot::{Action, Matchers, Rule},
 };
 
@@ -208,7 +208,13 @@ impl Snapshot {
         for &ip in addresses {
             let ip = ip.to_canonical();
             let address = SocketAddr::new(ip, query.target.port);
-            match self.judge(query, Some(ip)) {
+            // What denies an IPv4 address denies the ways that lead to it through IPv6.
+            let inner = embedded_v4(ip).map(|inner| self.judge(query, Some(inner.into())));
+            let verdict = match inner {
+                Some(denied @ Verdict::Deny(Denial::Filter | Denial::Rule(_))) => denied,
+                _ => self.judge(query, Some(ip)),
+            };
+            match verdict {
                 Verdict::Redirect(rule, to, upstream) if permit.is_none() => {
                     return self.redirect(query, rule, to, upstream, resolved);
                 }
@@ -275,9 +281,10 @@ impl Snapshot {
         if self.own.contains(address) {
             return Some(Denial::Own);
         }
-        let internal =
-            is_internal(address.ip()) && !self.matchers.allow_internal.contains(address.ip());
-        internal.then_some(Denial::Internal)
+        // This host's own addresses, too: from here they are reached past what keeps others out.
+        let internal = is_internal(address.ip()) || self.own.is_here(address.ip());
+        let allowed = || self.matchers.allow_internal.contains(address.ip());
+        (internal && !allowed()).then_some(Denial::Internal)
     }
 
     /// Ports, filters, rules, default, in that order.

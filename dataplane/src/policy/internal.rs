@@ -12,6 +12,9 @@ pub fn is_internal(address: IpAddr) -> bool {
     }
 }
 
+/// A metadata service at an address that looks public.
+const AZURE_METADATA: Ipv4Addr = Ipv4Addr::new(168, 63, 129, 16);
+
 fn is_internal_v4(ip: Ipv4Addr) -> bool {
     let [a, b, c, _] = ip.octets();
     matches!(
@@ -28,7 +31,18 @@ fn is_internal_v4(ip: Ipv4Addr) -> bool {
             | (198, 51, 100)                // documentation
             | (203, 0, 113)                 // documentation
             | (224..=255, ..) // multicast, reserved, broadcast
-    )
+    ) || ip == AZURE_METADATA
+}
+
+/// The IPv4 address that an IPv6 address leads to by a translator or a tunnel: NAT64, 6to4.
+pub fn embedded_v4(ip: IpAddr) -> Option<Ipv4Addr> {
+    let IpAddr::V6(ip) = ip else { return None };
+    match ip.segments() {
+        [0x64, 0xff9b, 0, 0, 0, 0, high, low] | [0x2002, high, low, ..] => {
+            Some(Ipv4Addr::from(u32::from(high) << 16 | u32::from(low)))
+        }
+        _ => None,
+    }
 }
 
 fn is_internal_v6(ip: Ipv6Addr) -> bool {
@@ -78,6 +92,7 @@ mod tests {
             "100.127.255.255",
             "127.0.0.1",
             "127.255.255.254",
+            "168.63.129.16",
             "169.254.169.254",
             "172.16.0.1",
             "172.31.255.255",

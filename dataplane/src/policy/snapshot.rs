@@ -13,7 +13,7 @@ use culvert_api::policy::{Access, Hours, RuleAction, Weekday};
 use culvert_proto::{Protocol, Target};
 use jiff::tz::TimeZone;
 
-use super::{NetSet, Ports, TargetSet, User, index::RuleIndex};
+use super::{NetSet, Ports, TargetSet, User, embedded_v4, index::RuleIndex};
 use crate::settings::Settings;
 
 /// Snapshots in memory.
@@ -150,9 +150,15 @@ pub struct OwnAddresses {
 }
 
 impl OwnAddresses {
+    /// Whether an address is one of this host's.
+    pub fn is_here(&self, ip: IpAddr) -> bool {
+        self.local.contains(&ip)
+            || embedded_v4(ip).is_some_and(|inner| self.local.contains(&inner.into()))
+    }
+
     /// Whether a target is one of our own listeners.
     pub fn contains(&self, address: SocketAddr) -> bool {
-        let ip = address.ip();
+        let ip = embedded_v4(address.ip()).map_or(address.ip(), IpAddr::from);
         let here = || ip.is_loopback() || ip.is_unspecified() || self.local.contains(&ip);
         self.listeners.iter().any(|own| {
             own.port() == address.port()

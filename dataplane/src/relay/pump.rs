@@ -280,6 +280,10 @@ impl Pump<'_> {
             Some(framing) if framing.borrow_mut().end_of_input().is_err() => {
                 Err(Cut { cause: self.from.causes().closed, destination: false })
             }
+            // Both ends in order leave nothing either; before ours it was a reset.
+            _ if !self.course.half_closed.get() && self.from.socket.is_gone() => {
+                Err(self.source_failed())
+            }
             _ => Ok(Flow::Ended),
         }
     }

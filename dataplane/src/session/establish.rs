@@ -4,7 +4,7 @@ use std::{sync::Arc, time::Instant};
 
 use culvert_proto::{Command, Name, Request};
 
-use super::{Established, LoggedIn, Record, Session};
+use super::{Established, Kept, LoggedIn, Record, Session};
 use crate::{
     end::{Cause, End, Stage},
     policy::{Decision, Denial, Permit, Query},
@@ -21,7 +21,7 @@ impl Session {
         &self,
         request: &Request,
         record: &mut Record,
-        kept: &mut Option<Box<Established>>,
+        kept: &mut Option<Kept>,
     ) -> Result<Box<Established>, End> {
         self.within_limits()?;
         match request.command {
@@ -66,11 +66,11 @@ impl Session {
         &self,
         request: &Request,
         record: &mut Record,
-        kept: &mut Option<Box<Established>>,
+        kept: &mut Option<Kept>,
     ) -> Result<Box<Established>, End> {
         let permit = self.authorize(request, record).await?;
         record.permitted(&permit);
-        if let Some(kept) = kept.take()
+        if let Some(kept) = kept.take().and_then(Kept::take)
             && kept.permit.upstream() == permit.upstream()
             && kept.permit.user().map(|user| user.id) == permit.user().map(|user| user.id)
             && kept.permit.egress() == permit.egress()
@@ -78,7 +78,7 @@ impl Session {
             && is_quiet(&kept.dialled)
         {
             record.address = Some(kept.dialled.address);
-            return Ok(Box::new(Established { permit, dialled: kept.dialled }));
+            return Ok(Box::new(Established { permit, dialled: kept.dialled, is_used: true }));
         }
         let dialled = match self.watch.guard(dial(&permit)).await {
             Ok(Ok(dialled)) => dialled,
@@ -86,7 +86,7 @@ impl Session {
             Err(stopped) => return Err(End::new(Stage::Dial, Cause::of_code(stopped.0))),
         };
         record.address = Some(dialled.address);
-        Ok(Box::new(Established { permit, dialled }))
+        Ok(Box::new(Established { permit, dialled, is_used: false }))
     }
 
     async fn authorize(&self, request: &Request, record: &mut Record) -> Result<Permit, End> {

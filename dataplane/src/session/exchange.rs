@@ -23,21 +23,32 @@ pub(super) struct Exchanged {
     pub(super) upstream_stays: bool,
     /// The answer came before the request was all read.
     pub(super) unread: bool,
+    /// Nothing was answered, and nobody was told: it may be sent once more.
+    pub(super) again: bool,
 }
 
 impl Exchanged {
     fn over(end: End, status: u16) -> Self {
-        Self { end, status, client_stays: false, upstream_stays: false, unread: false }
+        Self {
+            end,
+            status,
+            client_stays: false,
+            upstream_stays: false,
+            unread: false,
+            again: false,
+        }
     }
 }
 
 impl Session {
-    /// Sends the request's head, relays its body and the response.
+    /// Sends the request's head, relays its body and the response. With `again` a target that ends without
+    /// a word is asked once more by the caller.
     pub(super) async fn exchange(
         &self,
         handshake: &mut dyn Handshake,
         forward: &Forward,
         dialled: &Dialled,
+        again: bool,
     ) -> Exchanged {
         let timeouts = self.worker.snapshot().settings.timeouts;
         self.watch.stage_over();
@@ -77,6 +88,7 @@ impl Session {
                 client_stays: response.client_keeps_alive() && whole && handshake.resume(),
                 upstream_stays: response.upstream_keeps_alive() && whole && early.is_empty(),
                 unread: !whole,
+                again: false,
             };
         }
         dialled.socket.reset_on_close();
@@ -86,12 +98,16 @@ impl Session {
                 Cause::UpstreamClosed | Cause::UpstreamReset | Cause::UpstreamMalformed
             )
         {
+            if again && cause != Cause::UpstreamMalformed {
+                let end = End::new(Stage::Relay, cause);
+                return Exchanged { again, ..Exchanged::over(end, 0) };
+            }
             // Nothing of an answer has reached the client: give it one.
             let told = self.tell(handshake, Outcome::Failed).await;
             let client_stays = told.is_ok() && body.borrow().is_over() && handshake.resume();
             let end = End::new(Stage::Dial, cause);
             let unread = told.is_ok() && !client_stays;
-            return Exchanged { end, status: 502, client_stays, upstream_stays: false, unread };
+            return Exchanged { client_stays, unread, ..Exchanged::over(end, 502) };
         }
         Exchanged::over(End::new(Stage::Relay, cause), status)
     }

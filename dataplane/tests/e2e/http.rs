@@ -202,6 +202,68 @@ fn requests_of_one_connection_are_exchanges_of_their_own() {
     assert_eq!(proxy.metric("culvert_exchanges_total"), 5.0);
 }
 
+/// A target that has ended the connection which was kept for it: what can be asked again is.
+#[test]
+fn a_kept_connection_that_ended_is_made_again() {
+    let proxy = with_ann();
+    let (sender, heads) = std::sync::mpsc::channel();
+    // Each connection answers one request, and ends when a second has come.
+    let target = target(move |mut stream| {
+        let mut reader = BufReader::new(stream.try_clone().unwrap());
+        for number in 0..2 {
+            let mut head = String::new();
+            while !head.ends_with("\r\n\r\n") {
+                if reader.read_line(&mut head).unwrap_or(0) == 0 {
+                    return;
+                }
+            }
+            sender.send(head).unwrap();
+            if number == 0 {
+                stream.write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok").unwrap();
+            }
+        }
+    });
+    let mut stream = proxy.connect();
+    for _ in 0..3 {
+        assert!(get(&mut stream, target, "/", LOGIN).ends_with("ok"));
+    }
+    // One that changes something is not.
+    write!(stream, "POST http://{target}/ HTTP/1.1\r\nHost: x\r\n{LOGIN}Content-Length: 0\r\n\r\n")
+        .unwrap();
+    assert!(answer(&mut stream).starts_with("HTTP/1.1 502 "));
+    drop(stream);
+    let asked: Vec<String> = heads.try_iter().collect();
+    assert_eq!(asked.iter().filter(|head| head.starts_with("GET ")).count(), 5, "{asked:?}");
+    assert_eq!(asked.iter().filter(|head| head.starts_with("POST ")).count(), 1, "{asked:?}");
+    // Every byte is in a record: three that were answered, two tries, and the last.
+    let records = proxy.await_records(6);
+    let sum = |key: &str| records.iter().map(|of| of[key].as_u64().unwrap()).sum::<u64>() as f64;
+    for (direction, key) in [("up", "bytes_up"), ("down", "bytes_down")] {
+        let metric = format!("culvert_bytes_total{{direction=\"{direction}\"}}");
+        assert_eq!(proxy.metric(&metric), sum(key), "{records:?}");
+    }
+}
+
+/// RFC 9112 section 9.6: a client that has sent more than is read gets the whole last answer.
+#[test]
+fn the_last_answer_is_not_lost_to_a_reset() {
+    let proxy = with_ann();
+    let target = target(|mut stream| {
+        let _ = stream.read(&mut [0; 4096]).unwrap();
+        stream.write_all(b"HTTP/1.1 200 OK\r\n\r\n").unwrap();
+        let _ = stream.write_all(&vec![7; 3 << 20]);
+    });
+    for _ in 0..10 {
+        let mut stream = proxy.connect();
+        for _ in 0..2 {
+            write!(stream, "GET http://{target}/ HTTP/1.1\r\nHost: x\r\n{LOGIN}\r\n").unwrap();
+        }
+        let mut whole = Vec::new();
+        stream.read_to_end(&mut whole).unwrap();
+        assert_eq!(whole.iter().filter(|byte| **byte == 7).count(), 3 << 20);
+    }
+}
+
 #[test]
 fn pipelined_requests_are_answered_in_order() {
     let proxy = with_ann();

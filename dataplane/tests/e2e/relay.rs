@@ -129,6 +129,38 @@ fn a_reset_of_the_client_reaches_the_target_as_a_reset() {
     assert_eq!(proxy.await_records(1)[0]["end"], "client_reset");
 }
 
+/// RELIABILITY A3: also of a client that has not read what it was sent.
+#[test]
+fn a_reset_of_a_client_that_does_not_read_reaches_the_target_as_a_reset() {
+    let proxy = Setup::new().start();
+    let (sender, ends) = mpsc::channel();
+    let target = target(move |mut stream| {
+        // More than anybody takes, in pieces small enough to be copied.
+        stream.set_write_timeout(Some(Duration::from_millis(300))).unwrap();
+        while stream.write_all(&[1; 8 * 1024]).is_ok() {
+            pause(Duration::from_micros(100));
+        }
+        let _ = sender.send(None);
+        stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        let mut got = Vec::new();
+        let end = stream.read_to_end(&mut got).map_err(|error| error.kind());
+        let _ = sender.send(Some(end));
+    });
+    for round in 0..rounds(4, 50) {
+        let clients: Vec<TcpStream> = (0..8).map(|_| proxy.tunnel(None, target)).collect();
+        clients.iter().for_each(|mut stream| stream.write_all(b"half of it").unwrap());
+        for _ in 0..8 {
+            assert_eq!(ends.recv_timeout(PATIENCE).unwrap(), None);
+        }
+        // With data that is not read a close is a reset.
+        drop(clients);
+        for _ in 0..8 {
+            let end = ends.recv_timeout(PATIENCE).unwrap();
+            assert_eq!(end, Some(Err(io::ErrorKind::ConnectionReset)), "round {round}");
+        }
+    }
+}
+
 /// RELIABILITY A4.
 #[test]
 fn clients_that_never_read_cost_little_and_slow_nobody() {

@@ -53,6 +53,44 @@ fn judge_at(
     }
 }
 
+/// RELIABILITY F2, F4 and F5: by whatever way through IPv6.
+#[test]
+fn an_ipv4_address_is_itself_behind_a_translator() {
+    let snapshot = compiled(
+        r#"
+        [[filter]]
+        cidr = ["8.8.8.0/24"]
+        [[rule]]
+        name = "no"
+        when = { cidr = ["9.9.9.9/32"] }
+        action = "deny"
+        "#,
+        None,
+    )
+    .unwrap();
+    for (target, outcome) in [
+        ("8.8.8.8:53", "denied by filter"),
+        ("[64:ff9b::808:808]:53", "denied by filter"),
+        ("[2002:808:808::1]:53", "denied by filter"),
+        ("[64:ff9b::909:909]:53", "denied by rule"),
+        ("[64:ff9b::101:101]:53", "default: [64:ff9b::101:101]:53"),
+        // Our own listener, and what else is here.
+        ("203.0.114.5:1082", "denied by own_listener"),
+        ("[64:ff9b::cb00:7205]:1082", "denied by own_listener"),
+        ("203.0.114.5:3306", "denied by internal"),
+        ("[64:ff9b::cb00:7205]:3306", "denied by internal"),
+        ("168.63.129.16:80", "denied by internal"),
+    ] {
+        assert_eq!(judge(&snapshot, None, target, &[]), outcome, "{target}");
+    }
+    // Of a name's addresses only the others are left.
+    let both = judge(&snapshot, None, "dns.example:53", &["64:ff9b::808:808", "1.1.1.1"]);
+    assert_eq!(both, "default: 1.1.1.1:53 after resolving");
+    let allowed = compiled("allow_internal = ['203.0.114.5/32']", None).unwrap();
+    let mine = judge(&allowed, None, "203.0.114.5:3306", &[]);
+    assert_eq!(mine, "default: 203.0.114.5:3306");
+}
+
 #[test]
 fn the_first_rule_that_matches_decides() {
     let snapshot = compiled(
