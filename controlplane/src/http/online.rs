@@ -55,7 +55,9 @@ pub(super) fn running() -> Select<session::Entity> {
     session::Entity::find().filter(lately(session::Column::ToldAt))
 }
 
-/// Sessions that run, on all nodes; others than admins see only their own. At most 5 s old.
+/// Sessions that run, on all nodes; others than admins see only their own.
+///
+/// At most 5 s old. A node tells 10,000 at most; how many there are, its heartbeats say.
 #[utoipa::path(get, path = "/online", tag = "online", params(Paging, Which),
     responses((status = 200, body = Page<SessionView>), (status = 400, body = Problem), (status = 401, body = Problem), (status = 503, body = Problem)))]
 async fn list(

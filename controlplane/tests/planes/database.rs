@@ -6,7 +6,7 @@ use std::{
     io::{BufRead, BufReader, Write},
     net::TcpListener,
     path::Path,
-    process::{Command, Stdio},
+    process::{Child, Command, Stdio},
     sync::{
         Mutex,
         atomic::{AtomicBool, Ordering::Relaxed},
@@ -449,27 +449,46 @@ fn a_database_without_room_is_told_and_survived() {
     });
 }
 
+/// What somebody else does in SQLite's file, until it is dropped.
+struct Transaction(Child);
+
+impl Transaction {
+    /// Begins one whose statements give a line.
+    fn begin(planes: &Planes, sql: &str) -> Self {
+        let mut other = Command::new("sqlite3")
+            .arg(planes.state().join("culvert.db"))
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        writeln!(other.stdin.as_mut().unwrap(), "{sql};").unwrap();
+        let mut said = String::new();
+        BufReader::new(other.stdout.take().unwrap()).read_line(&mut said).unwrap();
+        assert!(said.ends_with('\n'), "{sql}: {said}");
+        Self(other)
+    }
+}
+
+impl Drop for Transaction {
+    fn drop(&mut self) {
+        // It ends with its input.
+        drop(self.0.stdin.take());
+        let _ = self.0.wait();
+    }
+}
+
 /// RELIABILITY D8: SQLite's log grows while somebody reads for long, and is cut again afterwards.
 #[test]
 fn a_log_that_has_grown_is_cut() {
     let planes = Planes::start(None);
     let wal = || fs::metadata(planes.state().join("culvert.db-wal")).unwrap().len();
-    let mut reader = Command::new("sqlite3")
-        .arg(planes.state().join("culvert.db"))
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .spawn()
-        .unwrap();
-    let mut say = reader.stdin.take().unwrap();
-    say.write_all(b"BEGIN; SELECT count(*) FROM users;\n").unwrap();
-    BufReader::new(reader.stdout.take().unwrap()).read_line(&mut String::new()).unwrap();
+    let reader = Transaction::begin(&planes, "BEGIN; SELECT count(*) FROM users");
     for number in 0..90 {
         planes.sql(&format!("INSERT INTO settings VALUES ('{number}', '{}')", "1".repeat(1 << 20)));
     }
     assert!(wal() > 80 << 20, "{}", wal());
     planes.sql("DELETE FROM settings WHERE length(value) > 1000");
-    drop(say);
-    reader.wait().unwrap();
+    drop(reader);
     let mut number = 0;
     await_some("a short log", || {
         number += 1;
@@ -486,17 +505,7 @@ fn a_database_file_that_is_locked_is_waited_for() {
     let id = planes.user("ann", json!({}));
     await_some("tunnel", || node.tunnel("ann", target).ok());
     let mut moved = transfer(&node, "ann", target, 1000);
-    let mut other = Command::new("sqlite3")
-        .arg(planes.state().join("culvert.db"))
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .spawn()
-        .unwrap();
-    let mut say = other.stdin.take().unwrap();
-    say.write_all(b"BEGIN EXCLUSIVE; SELECT 'locked';\n").unwrap();
-    let mut said = String::new();
-    BufReader::new(other.stdout.take().unwrap()).read_line(&mut said).unwrap();
-    assert_eq!(said, "locked\n");
+    let other = Transaction::begin(&planes, "BEGIN EXCLUSIVE; SELECT 'locked'");
     let new = json!({ "cidr": "192.0.2.0/24" });
     let began = Instant::now();
     let (status, told) = planes.ask("POST", "/whitelist", Some(&new));
@@ -507,8 +516,7 @@ fn a_database_file_that_is_locked_is_waited_for() {
     }
     // What is there can be read meanwhile.
     assert_eq!(planes.ask("GET", "/users", None).0, 200);
-    drop(say);
-    other.wait().unwrap();
+    drop(other);
     let began = Instant::now();
     await_some("change", || (planes.ask("POST", "/whitelist", Some(&new)).0 == 201).then_some(()));
     assert!(began.elapsed() < Duration::from_secs(5), "{:?}", began.elapsed());
