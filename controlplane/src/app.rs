@@ -6,9 +6,8 @@ use anyhow::Context;
 use axum::Router;
 use axum_server::{Handle, tls_rustls::RustlsConfig};
 use sea_orm::{
-    ActiveModelTrait, ColumnTrait, ConnectionTrait, DatabaseConnection, EntityTrait,
-    IntoActiveModel, PaginatorTrait, QueryFilter, QuerySelect, Set, Statement, TransactionTrait,
-    sea_query::OnConflict,
+    ColumnTrait, ConnectionTrait, DatabaseConnection, EntityTrait, PaginatorTrait, QueryFilter,
+    QuerySelect, Set, Statement, TransactionTrait, sea_query::OnConflict,
 };
 use tokio::net::TcpListener;
 
@@ -34,8 +33,8 @@ const LOOK: Duration = Duration::from_millis(500);
 const CERTIFICATE_LOOK: Duration = Duration::from_secs(10);
 /// How long requests may take that run when the server ends.
 const LAST_REQUESTS: Duration = Duration::from_secs(5);
-/// One step with the database takes no longer than that: it may hang.
-const STEP: Duration = Duration::from_secs(30);
+/// One step with the database takes no longer than that: it may hang. MySQL waits 50 s for a lock.
+const STEP: Duration = Duration::from_secs(120);
 /// The same of deleting what is old.
 const CLEANED: Duration = Duration::from_secs(300);
 /// How often what is old is deleted.
@@ -366,7 +365,7 @@ async fn periods(store: Store) {
             Ok(Err(error)) => {
                 tracing::warn!(%error, "quotas could not be begun anew; trying again");
             }
-            Err(_) => tracing::warn!("quotas could not be begun anew in 30 s; trying again"),
+            Err(_) => tracing::warn!("quotas could not be begun anew in two minutes; trying again"),
         }
         tokio::time::sleep(Duration::from_secs(1)).await;
     }
@@ -462,21 +461,27 @@ async fn clean_once(store: &Store) -> Result<(), sea_orm::DbErr> {
 
 /// Forgets the sums of boots that are over and long gone; of the boots stays that they are.
 async fn forget_boots(db: &DatabaseConnection, before: i64) -> Result<(), sea_orm::DbErr> {
-    let over = boot::Entity::find()
-        .filter(boot::Column::Ended.eq(true))
-        .filter(boot::Column::SeenAt.lt(before))
-        .filter(boot::Column::Sequence.lt(i64::MAX));
-    for row in over.all(db).await? {
+    let over = format!(
+        "SELECT DISTINCT b.node_id AS node_id, b.boot AS boot FROM boots b \
+         JOIN node_usage n ON n.node_id = b.node_id AND n.boot = b.boot \
+         WHERE b.ended = TRUE AND b.seen_at < {before}"
+    );
+    let over = Statement::from_string(db.get_database_backend(), over);
+    for row in db.query_all_raw(over).await? {
+        let (node, boot): (i64, i64) = (row.try_get("", "node_id")?, row.try_get("", "boot")?);
         let forgotten = db.begin().await?;
-        node_usage::Entity::delete_many()
-            .filter(node_usage::Column::NodeId.eq(row.node_id))
-            .filter(node_usage::Column::Boot.eq(row.boot))
+        // Whatever may still come of it was applied.
+        boot::Entity::update_many()
+            .col_expr(boot::Column::Sequence, i64::MAX.into())
+            .filter(boot::Column::NodeId.eq(node))
+            .filter(boot::Column::Boot.eq(boot))
             .exec(&forgotten)
             .await?;
-        let mut row = row.into_active_model();
-        // Whatever may still come of it was applied.
-        row.sequence = Set(i64::MAX);
-        row.update(&forgotten).await?;
+        node_usage::Entity::delete_many()
+            .filter(node_usage::Column::NodeId.eq(node))
+            .filter(node_usage::Column::Boot.eq(boot))
+            .exec(&forgotten)
+            .await?;
         forgotten.commit().await?;
     }
     Ok(())
@@ -545,13 +550,14 @@ mod tests {
             // One that is over and long gone, one that is gone but may come back, one that has just ended.
             let report = |boot: u64, last: bool| link::Report {
                 boot,
-                sequence: 1,
+                // As a boot that was killed is told of.
+                sequence: if last { i64::MAX as u64 } else { 1 },
                 users: vec![link::Usage { user: 1, up: 5, down: 0, held: None }],
                 last,
                 ..link::Report::default()
             };
             for (number, ended, age) in [(1, true, 31), (2, false, 31), (3, true, 1)] {
-                crate::usage::apply(&store, 1, &report(number, ended), false).await.unwrap();
+                crate::usage::apply(&store, 1, &report(number, ended)).await.unwrap();
                 let seen = boot::Entity::update_many()
                     .col_expr(boot::Column::SeenAt, (now - age * DAY).into())
                     .filter(boot::Column::Boot.eq(number.cast_signed()));
@@ -594,8 +600,7 @@ mod tests {
             assert_eq!(kept.iter().map(|row| row.boot).collect::<Vec<_>>(), [2, 3]);
             // What is said late of the one that is forgotten is known.
             for number in 1..=3 {
-                let said = link::Report { sequence: u64::MAX >> 1, ..report(number, true) };
-                crate::usage::apply(&store, 1, &said, false).await.unwrap();
+                crate::usage::apply(&store, 1, &report(number, true)).await.unwrap();
             }
             let sums = crate::usage::sums(db, "user_usage WHERE period = 0").await.unwrap();
             assert_eq!(sums, [15, 0]);

@@ -30,7 +30,7 @@ use crate::{
     http, lease,
     publish::{News, Publisher},
     store::{
-        Actor, Boot, Change, Command, ROWS, Store,
+        Actor, Boot, Command, ROWS, Store,
         entity::{boot, command as asked, heartbeat, node, session},
         note, now, retry,
     },
@@ -52,8 +52,10 @@ const LOOK: Duration = Duration::from_millis(500);
 const COALESCE: Duration = Duration::from_millis(100);
 /// How long the database may be away before a node is let go, to come back.
 const PATIENCE: Duration = Duration::from_secs(2);
-/// One step with the database takes no longer than that: it may hang.
-const STEP: Duration = Duration::from_secs(30);
+/// One step with the database takes no longer than that: it may hang. MySQL waits 50 s for a lock.
+const STEP: Duration = Duration::from_secs(120);
+/// And so much longer for each user of a report.
+const STEP_OF_USER: Duration = Duration::from_millis(5);
 
 use authority::fingerprint;
 pub use authority::{Authority, Issued};
@@ -329,7 +331,7 @@ impl Hub {
         // What came to it, or what was asked before it began; numbers are lower in a database that was restored.
         let command = begun.map_or(0, |boot| boot.command).max(hello.command.cast_signed());
         let command = command.min(self.last_command().await?);
-        Ok(Node { row, shown, command, taken_back: HashSet::new(), is_new: true })
+        Ok(Node { row, shown, command, taken_back: HashSet::new() })
     }
 
     async fn enrol(&self, name: &str) -> Result<node::Model, Gone> {
@@ -370,7 +372,14 @@ impl Hub {
                                     let _ = oneshot::Sender::send(answer, explained);
                                 }
                             }
-                            body => in_time(self.heard(peer, node, body)).await?,
+                            body => {
+                                let users = match &body {
+                                    up::Body::Report(report) => report.users.len(),
+                                    _ => 0,
+                                };
+                                let time = STEP + STEP_OF_USER * users as u32;
+                                within(time, self.heard(peer, node, body)).await?;
+                            }
                         }
                         // What the database took is not the node's silence.
                         heard = Instant::now();
@@ -461,15 +470,9 @@ impl Hub {
             }
             up::Body::Heartbeat(beat) => self.beat(node, &beat).await?,
             up::Body::Report(report) => {
-                // Who was told of by the first may have been told of before, to a control plane that was killed
-                // before it could say so.
-                let all = report.last || std::mem::replace(&mut node.is_new, false);
-                let spent = usage::apply(&self.store, node.row.id, &report, all).await?;
+                usage::apply(&self.store, node.row.id, &report).await?;
                 for usage in report.users.iter().filter(|usage| usage.held.is_some()) {
                     node.taken_back.remove(&usage.user);
-                }
-                if !spent.is_empty() {
-                    self.spent(&spent).await?;
                 }
                 self.counts.reports.fetch_add(1, Relaxed);
                 let ack = link::ReportAck { boot: report.boot, sequence: report.sequence };
@@ -552,14 +555,6 @@ impl Hub {
         row.exec(self.store.db()).await.map(drop)
     }
 
-    /// Users whose quota is spent: a new generation that says so.
-    async fn spent(&self, users: &[i64]) -> Result<(), DbErr> {
-        let actor = Actor { name: "system:quota".into(), address: String::new() };
-        let change = Change::new("user.quota_spent", format!("{users:?}"));
-        let edit = self.store.edit(actor).await?;
-        edit.commit(change.users(users.iter().copied())).await
-    }
-
     /// Puts a boot's sessions in place of those it had before.
     async fn live(&self, node: &Node, live: &link::Live) -> Result<(), DbErr> {
         let ((id, boot), told_at) = (node.key(), now());
@@ -640,8 +635,12 @@ impl Hub {
 
 /// A step that asks the database, which may hang.
 async fn in_time<T>(step: impl Future<Output = Result<T, Gone>>) -> Result<T, Gone> {
-    let hangs = || Gone::Database(DbErr::Custom("the database did not answer for 30 s".into()));
-    timeout(STEP, step).await.map_err(|_| hangs())?
+    within(STEP, step).await
+}
+
+async fn within<T>(time: Duration, step: impl Future<Output = Result<T, Gone>>) -> Result<T, Gone> {
+    let hangs = || Gone::Database(DbErr::Custom("the database did not answer in time".into()));
+    timeout(time, step).await.map_err(|_| hangs())?
 }
 
 async fn delete_sessions(db: &impl ConnectionTrait, (node, boot): Boot) -> Result<(), DbErr> {
@@ -690,8 +689,6 @@ struct Node {
     command: i64,
     /// Users of whose leases some was taken back, until it has told what it still holds.
     taken_back: HashSet<u64>,
-    /// Whether no report has come on this connection.
-    is_new: bool,
 }
 
 impl Node {

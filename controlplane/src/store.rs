@@ -292,11 +292,13 @@ impl Store {
     /// The database fails.
     pub async fn look(&self) -> Result<(), DbErr> {
         let generation = self.generation().await?;
-        self.announce(generation);
+        self.announce(Some(generation));
         Ok(())
     }
 
-    fn announce(&self, generation: i64) {
+    /// Tells this process of a generation, if there is one.
+    pub fn announce(&self, generation: Option<i64>) {
+        let Some(generation) = generation else { return };
         self.changed.send_if_modified(|known| {
             let newer = generation > *known;
             *known = generation.max(*known);
@@ -336,6 +338,52 @@ impl Store {
         db.commit().await
     }
 
+    /// Writes a change as part of a transaction: the audit log, and, if nodes are to know, a generation. It is
+    /// to be announced once the transaction is committed.
+    ///
+    /// # Errors
+    /// The database failed.
+    pub async fn write(
+        &self,
+        db: &DatabaseTransaction,
+        actor: Actor,
+        change: Change,
+    ) -> Result<Option<i64>, DbErr> {
+        let mut generation = None;
+        if change.policy || !change.users.is_empty() {
+            let count = format!("UPDATE head SET generation = generation + 1 WHERE id = {HEAD}");
+            self.run(db, count).await?;
+            let head = entity::head::Entity::find_by_id(HEAD).one(db).await?;
+            let next = head.map_or(1, |head| head.generation);
+            let policy = change.policy.then_some(0);
+            let changed = change.users.iter().copied().chain(policy);
+            let rows: Vec<_> = changed
+                .map(|user_id| entity::change::ActiveModel {
+                    generation: Set(next),
+                    user_id: Set(user_id),
+                })
+                .collect();
+            for part in rows.chunks(ROWS) {
+                entity::change::Entity::insert_many(part.iter().cloned())
+                    .exec_without_returning(db)
+                    .await?;
+            }
+            generation = Some(next);
+        }
+        let audit = entity::audit::ActiveModel {
+            at: Set(now()),
+            actor: Set(actor.name),
+            address: Set(actor.address),
+            action: Set(change.action.to_owned()),
+            subject: Set(change.subject.chars().take(SUBJECT).collect()),
+            old: Set(change.old),
+            new: Set(change.new),
+            ..Default::default()
+        };
+        entity::audit::Entity::insert(audit).exec_without_returning(db).await?;
+        Ok(generation)
+    }
+
     async fn run(&self, db: &DatabaseTransaction, sql: String) -> Result<(), DbErr> {
         let backend = self.db.get_database_backend();
         db.execute_raw(Statement::from_string(backend, sql)).await.map(drop)
@@ -360,43 +408,9 @@ impl Edit<'_> {
     /// # Errors
     /// The database failed; nothing has changed then.
     pub async fn commit(self, change: Change) -> Result<(), DbErr> {
-        let (store, db) = (self.store, self.transaction);
-        let mut generation = None;
-        if change.policy || !change.users.is_empty() {
-            let count = format!("UPDATE head SET generation = generation + 1 WHERE id = {HEAD}");
-            store.run(&db, count).await?;
-            let head = entity::head::Entity::find_by_id(HEAD).one(&db).await?;
-            let next = head.map_or(1, |head| head.generation);
-            let policy = change.policy.then_some(0);
-            let changed = change.users.iter().copied().chain(policy);
-            let rows: Vec<_> = changed
-                .map(|user_id| entity::change::ActiveModel {
-                    generation: Set(next),
-                    user_id: Set(user_id),
-                })
-                .collect();
-            for part in rows.chunks(ROWS) {
-                entity::change::Entity::insert_many(part.iter().cloned())
-                    .exec_without_returning(&db)
-                    .await?;
-            }
-            generation = Some(next);
-        }
-        let audit = entity::audit::ActiveModel {
-            at: Set(now()),
-            actor: Set(self.actor.name),
-            address: Set(self.actor.address),
-            action: Set(change.action.to_owned()),
-            subject: Set(change.subject.chars().take(SUBJECT).collect()),
-            old: Set(change.old),
-            new: Set(change.new),
-            ..Default::default()
-        };
-        entity::audit::Entity::insert(audit).exec_without_returning(&db).await?;
-        db.commit().await?;
-        if let Some(generation) = generation {
-            store.announce(generation);
-        }
+        let generation = self.store.write(&self.transaction, self.actor, change).await?;
+        self.transaction.commit().await?;
+        self.store.announce(generation);
         Ok(())
     }
 }

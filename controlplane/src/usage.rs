@@ -13,7 +13,7 @@ use time::OffsetDateTime;
 use crate::{
     calendar::{Calendar, TOTAL},
     store::{
-        ROWS, Store,
+        Actor, Change, ROWS, Store,
         entity::{access_log, boot, node_usage, usage, user},
         now, retry,
     },
@@ -63,21 +63,24 @@ pub async fn sums(db: &impl ConnectionTrait, rows: &str) -> Result<[i64; 2], DbE
     Ok([row.try_get("", "up")?, row.try_get("", "down")?])
 }
 
-/// Applies a report; one that was applied before changes nothing. Returns users whose quota it spent, or, of
-/// `all` in it, those whose quota is spent.
+/// Applies a report; one that was applied before changes nothing. Nodes are told of users whose quota it
+/// spent. Returns these.
 ///
 /// # Errors
 /// The database failed; nothing was applied then.
-pub async fn apply(
-    store: &Store,
-    node: i64,
-    said: &link::Report,
-    all: bool,
-) -> Result<Vec<i64>, DbErr> {
+pub async fn apply(store: &Store, node: i64, said: &link::Report) -> Result<Vec<i64>, DbErr> {
     let apply = || async {
         let db = store.db().begin().await?;
-        let spent = apply_once(&db, node, said, all).await?;
+        let spent = apply_once(&db, node, said).await?;
+        // With the sums: else nobody would be told by a control plane that is killed in between.
+        let mut told = None;
+        if !spent.is_empty() {
+            let actor = Actor { name: "system:quota".into(), address: String::new() };
+            let change = Change::new("user.quota_spent", format!("{spent:?}"));
+            told = store.write(&db, actor, change.users(spent.iter().copied())).await?;
+        }
         db.commit().await?;
+        store.announce(told);
         Ok(spent)
     };
     retry(apply).await
@@ -87,7 +90,6 @@ async fn apply_once(
     db: &DatabaseTransaction,
     node: i64,
     said: &link::Report,
-    all: bool,
 ) -> Result<Vec<i64>, DbErr> {
     let sequence = said.sequence.cast_signed();
     let key = (node, said.boot.cast_signed());
@@ -121,7 +123,7 @@ async fn apply_once(
     users.sort_by_key(|usage| usage.user);
     let mut spent = Vec::new();
     for part in users.chunks(ROWS) {
-        spent.extend(apply_part(db, key, part, all).await?);
+        spent.extend(apply_part(db, key, part).await?);
     }
     crate::lease::told(db, key, said).await?;
     Ok(spent)
@@ -131,7 +133,6 @@ async fn apply_part(
     db: &DatabaseTransaction,
     (node, boot): (i64, i64),
     part: &[link::Usage],
-    all: bool,
 ) -> Result<Vec<i64>, DbErr> {
     let ids: Vec<i64> = part.iter().map(|usage| usage.user.cast_signed()).collect();
     let before: HashMap<i64, (i64, i64)> = node_usage::Entity::find()
@@ -177,7 +178,7 @@ async fn apply_part(
     add(db, "traffic_logs", "at, user_id, node_id", &minutes).await?;
     add(db, "user_usage", "user_id, period", &periods).await?;
     let moved: HashSet<i64> = periods.iter().map(|row| row[0]).collect();
-    let moved = quotas.keys().copied().filter(|id| all || moved.contains(id));
+    let moved = quotas.keys().copied().filter(|id| moved.contains(id));
     let used = usage::Entity::find().filter(usage::Column::UserId.is_in(moved)).all(db).await?;
     let is_spent = |row: &usage::Model| {
         let quota = quotas.get(&row.user_id).filter(|(start, _)| *start == row.period);
@@ -298,9 +299,9 @@ mod tests {
     use super::*;
     use crate::store::tests::{new_store, servers};
 
-    /// Whoever was killed before it could tell is asked by the next connection's first report.
+    /// The change is there with the sums, whoever is killed afterwards.
     #[tokio::test]
-    async fn a_spent_quota_is_told_again() {
+    async fn a_spent_quota_is_told_with_its_report() {
         for server in servers() {
             let (store, _folder) = new_store(server.as_deref()).await;
             let mut row = crate::app::new_user("ann", "", "user");
@@ -313,11 +314,13 @@ mod tests {
                 users: vec![link::Usage { user: ann as u64, up: 60, down: 60, held: None }],
                 ..link::Report::default()
             };
-            let spent =
-                async |sequence, all| apply(&store, 1, &report(sequence), all).await.unwrap();
-            assert_eq!(spent(1, false).await, [ann]);
-            assert_eq!(spent(2, false).await, [0; 0]);
-            assert_eq!(spent(3, true).await, [ann]);
+            let generation = store.generation().await.unwrap();
+            assert_eq!(apply(&store, 1, &report(1)).await.unwrap(), [ann]);
+            assert_eq!(store.generation().await.unwrap(), generation + 1);
+            assert_eq!(store.known_generation(), generation as u64 + 1);
+            // Nothing more was moved, so there is nothing more to be told.
+            assert_eq!(apply(&store, 1, &report(2)).await.unwrap(), [0; 0]);
+            assert_eq!(store.generation().await.unwrap(), generation + 1);
             assert_eq!(sums(store.db(), "user_usage WHERE period = 0").await.unwrap(), [60, 60]);
         }
     }

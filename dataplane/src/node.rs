@@ -222,7 +222,7 @@ impl Node {
             wanted: Wanted::default(),
             snapshot: ArcSwap::from_pointee(snapshot),
             // A reload may allow more sessions than there are now.
-            addresses: Arc::new(Table::new(sessions_max(None))),
+            addresses: Arc::new(Table::new(places.max().max(ADDRESSES))),
             places,
             throttles: Throttles::new(),
             logins: LoginPool::start(culvert_rt::available_cores().len(), key)?,
@@ -521,6 +521,8 @@ impl Node {
 /// More sessions than that are for further nodes, however many descriptors there are: the ledger has a slot
 /// for each, in each worker.
 const SESSIONS_MAX: usize = 1 << 20;
+/// Room for client addresses with sessions, however few sessions there may be at the start.
+const ADDRESSES: usize = 1 << 16;
 /// Slots of sessions that end and begin at the same moment, and of those that are only refused.
 const SLOTS_SPARE: usize = 1024;
 
@@ -539,7 +541,8 @@ fn sessions_max(asked: Option<usize>) -> usize {
     let fit = fit.min(SESSIONS_MAX);
     match asked {
         Some(asked) if asked > fit => {
-            tracing::warn!(asked, fit, descriptors, "limits.sessions lowered; raise LimitNOFILE");
+            let remedy = if fit < SESSIONS_MAX { "raise LimitNOFILE" } else { "run more nodes" };
+            tracing::warn!(asked, fit, descriptors, "limits.sessions lowered; {remedy}");
             fit
         }
         Some(asked) => asked,

@@ -243,6 +243,7 @@ impl Session {
                 }
                 self.live.exchanged();
                 if !exchanged.client_stays || self.worker.is_draining() {
+                    drop(established);
                     // A next request may have come meanwhile: unread, it would reset the answer.
                     if exchanged.unread || exchanged.end.cause == Cause::Finished {
                         Box::pin(self.linger()).await;

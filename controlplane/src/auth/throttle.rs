@@ -42,7 +42,8 @@ pub struct LoginThrottle {
 
 impl LoginThrottle {
     /// Counts a try; `false` when too many failed: from the address, or of the user from addresses that are
-    /// not the user's own. Nobody can lock out a user who has logged in before.
+    /// not the user's own. So nobody can lock out a user who has logged in here before, unless guesses come from
+    /// so many networks that the oldest keys go.
     pub fn begin(&self, address: IpAddr, user: &str) -> bool {
         let Ok(mut failures) = self.failures.lock() else { return false };
         let now = Instant::now();

@@ -71,18 +71,33 @@ impl Settings {
     /// As the database has them.
     pub(crate) async fn load(db: &impl ConnectionTrait) -> std::result::Result<Self, DbErr> {
         let rows = setting::Entity::find().all(db).await?;
-        let mut map = serde_json::to_value(Self::default()).unwrap_or_default();
+        let (mut settings, mut unreadable) = (Self::default(), false);
         for row in rows {
-            // What is no JSON is no value of any of them; other rows are not settings.
-            let value = serde_json::from_str(&row.value).unwrap_or(row.value.into());
-            if let Some(map) = map.as_object_mut() {
-                map.insert(row.name, value);
+            match settings.with(&row) {
+                None => {}
+                Some(Ok(more)) => settings = more,
+                Some(Err(error)) => {
+                    tracing::error!(setting = row.name, %error, "unreadable; by default all is refused");
+                    unreadable = true;
+                }
             }
         }
-        Ok(serde_json::from_value(map).unwrap_or_else(|error| {
-            // Whatever the row was to say, nothing opens by it.
-            tracing::error!(%error, "a row of settings is not known; by default all is refused");
-            Self { default_policy: DefaultPolicy::Deny, ..Self::default() }
+        // Whatever it was to say, nothing opens by it, and nothing is deleted.
+        if unreadable {
+            settings.default_policy = DefaultPolicy::Deny;
+            [settings.access_log_days, settings.traffic_log_days] = [KEPT; 2];
+            settings.audit_log_days = 0;
+        }
+        Ok(settings)
+    }
+
+    /// With one more row; `None` when the row is none of a setting.
+    fn with(&self, row: &setting::Model) -> Option<serde_json::Result<Self>> {
+        let mut map = serde_json::to_value(self).ok()?;
+        map.get(&row.name)?;
+        Some(serde_json::from_str(&row.value).and_then(|value: serde_json::Value| {
+            map[&row.name] = value;
+            serde_json::from_value(map)
         }))
     }
 
@@ -106,6 +121,9 @@ impl Settings {
         [self.access_log_days, self.traffic_log_days, self.audit_log_days]
     }
 }
+
+/// Days that are as good as for ever.
+const KEPT: u32 = 36_500;
 
 /// What is left out stays.
 #[derive(Debug, Serialize, Deserialize, ToSchema)]
@@ -217,6 +235,11 @@ mod tests {
     #[tokio::test]
     async fn what_is_not_known_opens_nothing() {
         let (store, _folder) = crate::store::tests::new_store(None).await;
+        let zone = setting::ActiveModel {
+            name: Set("time_zone".into()),
+            value: Set("\"Asia/Kolkata\"".into()),
+        };
+        setting::Entity::insert(zone).exec_without_returning(store.db()).await.unwrap();
         for (name, value) in
             [("default_policy", "\"ask\""), ("default_policy", "deny"), ("deny_ports", "[70000]")]
         {
@@ -224,6 +247,7 @@ mod tests {
             setting::Entity::insert(row).exec_without_returning(store.db()).await.unwrap();
             let settings = Settings::load(store.db()).await.unwrap();
             assert!(matches!(settings.default_policy, DefaultPolicy::Deny), "{name}");
+            assert_eq!((&*settings.time_zone, settings.days()), ("Asia/Kolkata", [KEPT, KEPT, 0]));
             setting::Entity::delete_by_id(name).exec(store.db()).await.unwrap();
         }
     }

@@ -133,7 +133,7 @@ impl Fleet {
                     users: vec![said],
                     ..link::Report::default()
                 };
-                usage::apply(store, node.boot.0, &said, false).await.unwrap();
+                usage::apply(store, node.boot.0, &said).await.unwrap();
                 node.taken_back &= held.is_none();
                 // The acknowledgement; it comes after what was sent before.
                 if held.is_some() && node.held == held && node.down.is_empty() {

@@ -75,7 +75,7 @@ fn reports_in_any_order_add_up() {
                 _ if !boot.up.is_empty() => {
                     let which = below(boot.up.len());
                     let (report, sums) = boot.up[which].clone();
-                    usage::apply(&store, node(number), &report, false).await.unwrap();
+                    usage::apply(&store, node(number), &report).await.unwrap();
                     applied += 1;
                     if below(10) >= 3 {
                         boot.up.swap_remove(which);
@@ -96,7 +96,7 @@ fn reports_in_any_order_add_up() {
         for (number, boot) in boots.iter_mut().enumerate() {
             boot.acknowledged = Sums::default();
             let last = link::Report { last: true, ..boot.report(number) };
-            usage::apply(&store, node(number), &last, false).await.unwrap();
+            usage::apply(&store, node(number), &last).await.unwrap();
         }
         let truth = [0, 1].map(|way| {
             let sums = boots.iter().flat_map(|boot| boot.sums.iter().map(move |sum| sum[way]));
@@ -148,10 +148,7 @@ fn reports_that_meet_are_all_applied_once() {
                         };
                         for _ in 0..2 {
                             // What the database could not do, the node asks for again.
-                            while usage::apply(&store, writer as i64 + 1, &report, false)
-                                .await
-                                .is_err()
-                            {}
+                            while usage::apply(&store, writer as i64 + 1, &report).await.is_err() {}
                         }
                     }
                 })
@@ -191,7 +188,7 @@ fn reports_that_the_server_gives_up_are_applied_once() {
                 .collect(),
             ..Default::default()
         };
-        runtime.block_on(usage::apply(&store, 1, &report(0, 1), false)).unwrap();
+        runtime.block_on(usage::apply(&store, 1, &report(0, 1))).unwrap();
         let deadlocks = || -> u64 {
             let status = "SELECT variable_value FROM information_schema.global_status \
                  WHERE variable_name = 'INNODB_DEADLOCKS'";
@@ -222,10 +219,7 @@ fn reports_that_the_server_gives_up_are_applied_once() {
                     runtime.spawn(async move {
                         for sequence in 2..=reports {
                             let report = report(writer, sequence);
-                            while usage::apply(&store, writer as i64 + 1, &report, false)
-                                .await
-                                .is_err()
-                            {}
+                            while usage::apply(&store, writer as i64 + 1, &report).await.is_err() {}
                         }
                     })
                 })

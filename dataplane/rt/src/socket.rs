@@ -204,9 +204,10 @@ impl Socket {
         .await
     }
 
-    /// Whether the connection is gone as a whole (`TCP_INFO`): what looks like the peer's end before ours was a
-    /// reset, whose error another operation may have taken.
-    pub fn is_gone(&self) -> bool {
+    /// Whether what looks like the peer's end, before ours, was a reset whose error another operation has taken:
+    /// the connection is gone as a whole (`TCP_INFO`). A peer that had ended and then reset what still came
+    /// leaves EPIPE (`tcp_reset` in CLOSE_WAIT); all it said was said. Takes the pending error.
+    pub fn was_reset(&self) -> bool {
         const TCP_CLOSE: u8 = 7;
         let (mut state, mut len) = (0u8, 1 as libc::socklen_t);
         // SAFETY: `state` is writable for the one byte that `len` says, and both outlive the call. The state
@@ -215,7 +216,12 @@ impl Socket {
             let state = (&raw mut state).cast();
             libc::getsockopt(self.raw_fd(), libc::IPPROTO_TCP, libc::TCP_INFO, state, &raw mut len)
         };
-        got == 0 && state == TCP_CLOSE
+        let ended_before = || {
+            self.take_error().is_ok_and(|error| {
+                error.is_some_and(|error| error.raw_os_error() == Some(libc::EPIPE))
+            })
+        };
+        got == 0 && state == TCP_CLOSE && !ended_before()
     }
 
     /// Ends our side of the stream (FIN).

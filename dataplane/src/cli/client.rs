@@ -4,6 +4,10 @@
 use std::{
     io::{Read, Write},
     net::{Shutdown, SocketAddr, TcpListener, TcpStream},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering::Relaxed},
+    },
     thread,
     time::Duration,
 };
@@ -94,22 +98,27 @@ fn forward(proxy: &Proxy, address: SocketAddr) -> anyhow::Result<()> {
 fn carry(proxy: &Proxy, mut client: TcpStream) -> anyhow::Result<()> {
     let mut stream = proxy.connect()?;
     let (mut from, mut to) = (client.try_clone()?, stream.try_clone()?);
-    let upload = thread::spawn(move || {
-        let _ = std::io::copy(&mut from, &mut to);
-        let _ = to.shutdown(Shutdown::Write);
+    // What was cut must not look finished, to either side: no end is passed on any more, and the close is a
+    // reset. The other direction may wait for somebody who says nothing.
+    let cut = Arc::new(AtomicBool::new(false));
+    let cuts = |cut: &AtomicBool, sockets: [&TcpStream; 2]| {
+        cut.store(true, Relaxed);
+        for socket in sockets {
+            let _ = socket2::SockRef::from(socket).set_linger(Some(Duration::ZERO));
+            let _ = socket.shutdown(Shutdown::Read);
+        }
+    };
+    let was_cut = cut.clone();
+    let upload = thread::spawn(move || match std::io::copy(&mut from, &mut to) {
+        Ok(_) if !was_cut.load(Relaxed) => drop(to.shutdown(Shutdown::Write)),
+        Ok(_) => {}
+        Err(_) => cuts(&was_cut, [&from, &to]),
     });
     let copied = std::io::copy(&mut stream, &mut client);
-    match copied {
-        Ok(_) => client.shutdown(Shutdown::Write)?,
-        Err(_) => {
-            // What was cut must not look finished, to either side.
-            for socket in [&client, &stream] {
-                let _ = socket2::SockRef::from(socket).set_linger(Some(std::time::Duration::ZERO));
-            }
-            // The other direction may wait for a client that says nothing.
-            let _ = client.shutdown(Shutdown::Read);
-            let _ = stream.shutdown(Shutdown::Both);
-        }
+    match &copied {
+        Ok(_) if !cut.load(Relaxed) => drop(client.shutdown(Shutdown::Write)),
+        Ok(_) => {}
+        Err(_) => cuts(&cut, [&client, &stream]),
     }
     let _ = upload.join();
     copied.map(drop).map_err(Into::into)

@@ -209,12 +209,9 @@ impl Snapshot {
             let ip = ip.to_canonical();
             let address = SocketAddr::new(ip, query.target.port);
             // What denies an IPv4 address denies the ways that lead to it through IPv6.
-            let inner = embedded_v4(ip).map(|inner| self.judge(query, Some(inner.into())));
-            let verdict = match inner {
-                Some(denied @ Verdict::Deny(Denial::Filter | Denial::Rule(_))) => denied,
-                _ => self.judge(query, Some(ip)),
-            };
-            match verdict {
+            let inner =
+                embedded_v4(ip).and_then(|inner| self.denied_by_target(query, inner.into()));
+            match inner.map_or_else(|| self.judge(query, Some(ip)), Verdict::Deny) {
                 Verdict::Redirect(rule, to, upstream) if permit.is_none() => {
                     return self.redirect(query, rule, to, upstream, resolved);
                 }
@@ -275,6 +272,16 @@ impl Snapshot {
         } else {
             Decision::Permit(permit)
         }
+    }
+
+    /// What denies an address as such: a filter, or a rule that names targets.
+    fn denied_by_target(&self, query: Query<'_>, address: IpAddr) -> Option<Denial> {
+        if self.filter(query.target, Some(address)) == Match::Yes {
+            return Some(Denial::Filter);
+        }
+        let (rule, _) = self.matchers.first_rule(query, Some(address))?;
+        let denies = matches!(rule.action, Action::Deny) && rule.targets.is_some();
+        denies.then(|| Denial::Rule(rule.name.clone()))
     }
 
     fn refuse_dial(&self, address: SocketAddr) -> Option<Denial> {

@@ -281,7 +281,7 @@ impl Pump<'_> {
                 Err(Cut { cause: self.from.causes().closed, destination: false })
             }
             // Both ends in order leave nothing either; before ours it was a reset.
-            _ if !self.course.half_closed.get() && self.from.socket.is_gone() => {
+            _ if !self.course.half_closed.get() && self.from.socket.was_reset() => {
                 Err(self.source_failed())
             }
             _ => Ok(Flow::Ended),

@@ -98,7 +98,7 @@ impl Session {
                 Cause::UpstreamClosed | Cause::UpstreamReset | Cause::UpstreamMalformed
             )
         {
-            if again && cause != Cause::UpstreamMalformed {
+            if again && early.is_empty() && response.is_untouched() {
                 let end = End::new(Stage::Relay, cause);
                 return Exchanged { again, ..Exchanged::over(end, 0) };
             }

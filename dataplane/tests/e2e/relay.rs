@@ -161,6 +161,31 @@ fn a_reset_of_a_client_that_does_not_read_reaches_the_target_as_a_reset() {
     }
 }
 
+/// A target that has said all and ended, and then resets what still comes, has ended in order.
+#[test]
+fn what_was_said_before_an_end_comes_whole_though_a_reset_follows() {
+    // As much as a socket takes before anybody reads.
+    const SIZE: usize = 50_000;
+    let limits = "limits = { down = '50kB/s', burst = '5kB' }";
+    let proxy = Setup::new().user("ann", limits).start();
+    let (sender, closed) = mpsc::channel();
+    let target = target(move |mut stream| {
+        stream.write_all(&pattern(SIZE)).unwrap();
+        drop(stream);
+        sender.send(()).unwrap();
+    });
+    for _ in 0..rounds(2, 20) {
+        let mut stream = proxy.tunnel(Some("ann"), target);
+        closed.recv_timeout(PATIENCE).unwrap();
+        // A word that nobody waits for, while most of it has not passed.
+        stream.write_all(b"late").unwrap();
+        let mut got = Vec::new();
+        let read = stream.read_to_end(&mut got);
+        assert!(read.is_ok(), "{read:?} {} {:?}", got.len(), proxy.await_records(1));
+        assert!(got == pattern(SIZE), "{} bytes", got.len());
+    }
+}
+
 /// RELIABILITY A4.
 #[test]
 fn clients_that_never_read_cost_little_and_slow_nobody() {

@@ -61,6 +61,12 @@ impl Response {
         !matches!(self.stage, Stage::Head(_))
     }
 
+    /// Whether the target has not said a word.
+    pub fn is_untouched(&self) -> bool {
+        let Stage::Head(head) = &self.stage else { return false };
+        head.bytes().is_empty() && self.interim == 0
+    }
+
     /// 101: both directions carry another protocol from here on.
     pub fn has_switched(&self) -> bool {
         matches!(self.stage, Stage::Switched)

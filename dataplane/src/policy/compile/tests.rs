@@ -83,6 +83,20 @@ fn an_ipv4_address_is_itself_behind_a_translator() {
     ] {
         assert_eq!(judge(&snapshot, None, target, &[]), outcome, "{target}");
     }
+    // A rule that denies all denies what nothing before it allows.
+    let only = compiled(
+        r#"
+        [[rule]]
+        when = { cidr = ["64:ff9b::/96"] }
+        action = "allow"
+        [[rule]]
+        action = "deny"
+        "#,
+        None,
+    )
+    .unwrap();
+    assert_eq!(judge(&only, None, "[64:ff9b::808:808]:53", &[]), "#1: [64:ff9b::808:808]:53");
+    assert_eq!(judge(&only, None, "8.8.8.8:53", &[]), "denied by rule");
     // Of a name's addresses only the others are left.
     let both = judge(&snapshot, None, "dns.example:53", &["64:ff9b::808:808", "1.1.1.1"]);
     assert_eq!(both, "default: 1.1.1.1:53 after resolving");
