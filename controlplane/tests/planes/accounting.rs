@@ -114,6 +114,10 @@ fn exchanges_before_a_kill_are_counted_once() {
                 answer.extend_from_slice(&part[..received]);
             }
         }
+        // What the client has may still be on its way through the node's books.
+        await_some("all that is counted", || {
+            (node.metric("culvert_bytes_total{direction=\"down\"}") > 3000.0).then_some(())
+        });
         node.program.kill();
         planes.again(&mut node);
         await_some("bytes", || (planes.used(&id) > 3000).then_some(()));
