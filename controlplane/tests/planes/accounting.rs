@@ -550,11 +550,12 @@ fn a_node_is_killed_under_load() {
         let (mut cut, mut uncertain) = (0, 0);
         for (id, came) in ids.iter().zip(came) {
             let mut came = came.into_inner().unwrap();
+            came.sort_by_key(|(_, bytes)| *bytes);
             let all: u64 = came.iter().map(|(_, bytes)| bytes).sum();
             let path = format!("/logs/access?sort=id&user_id={id}");
             let number = |log: &Value, key: &str| log[key].as_u64().unwrap();
             let on_its_way = |log: &Value| log["record"]["uncertain_bytes"].as_u64().unwrap_or(0);
-            let logs = await_some("its records", || {
+            let mut logs = await_some("its records", || {
                 let logs = planes.all(&path);
                 let may_be = logs.iter().map(|log| number(log, "bytes_down") + on_its_way(log));
                 (may_be.sum::<u64>() >= all).then_some(logs)
@@ -562,6 +563,12 @@ fn a_node_is_killed_under_load() {
             let sums = logs.iter().map(|log| number(log, "bytes_up") + number(log, "bytes_down"));
             let billed: u64 = sums.sum();
             await_some("its sums", || (planes.used(id) == billed).then_some(()));
+            // Those that say which session they are of come first, then those that fit the fewest.
+            logs.sort_by_key(|log| match log["end"].as_str().unwrap() {
+                "crash" => (2, number(log, "bytes_down") + on_its_way(log)),
+                "unrecorded" => (1, 0),
+                _ => (0, 0),
+            });
             for log in &logs {
                 let down = number(log, "bytes_down");
                 let is_its = |(client, bytes): &(String, u64)| match log["end"].as_str().unwrap() {
