@@ -57,6 +57,18 @@ struct Parsed {
     credentials: Option<Credentials>,
 }
 
+/// What an answer of our own says.
+#[derive(Clone, Copy)]
+struct Text<'a> {
+    line: &'a str,
+    /// It is only announced: the request was HEAD (RFC 9110 section 9.3.2).
+    head_only: bool,
+}
+
+fn is_head(request: &Request) -> bool {
+    matches!(&request.command, Command::Forward(forward) if forward.exchange.head_only)
+}
+
 impl Server {
     /// A connection that takes the given logins.
     pub fn new(login: Login) -> Self {
@@ -82,7 +94,7 @@ impl Server {
         status: u16,
         reason: &str,
         fields: &[(&str, &str)],
-        text: &str,
+        text: Text<'_>,
         reuse: Reuse,
     ) {
         let mut head = format!("HTTP/1.1 {status} {reason}\r\n").into_bytes();
@@ -90,14 +102,16 @@ impl Server {
             push_field(&mut head, name, value.as_bytes());
         }
         push_field(&mut head, "Content-Type", b"text/plain; charset=utf-8");
-        push_field(&mut head, "Content-Length", text.len().to_string().as_bytes());
+        push_field(&mut head, "Content-Length", text.line.len().to_string().as_bytes());
         push_field(
             &mut head,
             "Connection",
             if reuse == Reuse::Keep { b"keep-alive" } else { b"close" },
         );
         head.extend_from_slice(b"\r\n");
-        head.extend_from_slice(text.as_bytes());
+        if !text.head_only {
+            head.extend_from_slice(text.line.as_bytes());
+        }
         self.say(head);
     }
 
@@ -113,6 +127,7 @@ impl Server {
             ),
             _ => (400, "Bad Request", "The request is malformed.\n"),
         };
+        let text = Text { line: text, head_only: false };
         self.answer(status, reason, &[], text, Reuse::Close);
         let refusal = match error {
             Malformed::Target => Refusal::BadTarget,
@@ -151,7 +166,10 @@ impl Server {
             407,
             "Proxy Authentication Required",
             &[("Proxy-Authenticate", "Basic realm=\"culvert\", charset=\"UTF-8\"")],
-            "A user name and a password are required.\n",
+            Text {
+                line: "A user name and a password are required.\n",
+                head_only: is_head(&parsed.request),
+            },
             reuse,
         );
         self.state = if again { State::Head } else { State::Refused(Refusal::LoginRejected) };
@@ -233,8 +251,9 @@ impl Handshake for Server {
                 let stays = bodyless && outcome != Outcome::LimitReached;
                 let reuse = if stays { reuse } else { Reuse::Close };
                 let proxy_status = format!("culvert; error={}", proxy_status(outcome));
-                let text = format!("{reason}.\n");
-                self.answer(code, reason, &[("Proxy-Status", &proxy_status)], &text, reuse);
+                let (line, head_only) = (format!("{reason}.\n"), is_head(request));
+                let text = Text { line: &line, head_only };
+                self.answer(code, reason, &[("Proxy-Status", &proxy_status)], text, reuse);
                 self.state = State::Done(reuse);
             }
         }
@@ -612,5 +631,29 @@ mod tests {
         server.reply(Outcome::Forbidden);
         server.sent(4096);
         assert!(!server.resume());
+    }
+
+    /// RFC 9110 section 9.3.2: what came after the head would be the next answer's beginning.
+    #[test]
+    fn an_answer_to_head_is_a_head() {
+        let mut server = Server::new(Login::Password);
+        let said = |server: &mut Server| {
+            let Next::Write(answer) = server.poll() else { panic!() };
+            let answer = String::from_utf8(answer.to_vec()).unwrap();
+            server.sent(answer.len());
+            answer
+        };
+        server.handle_input(b"HEAD http://a/ HTTP/1.1\r\nHost: a\r\n\r\n").unwrap();
+        let answer = said(&mut server);
+        assert!(answer.starts_with("HTTP/1.1 407 ") && answer.ends_with("\r\n\r\n"), "{answer}");
+        assert!(answer.contains("\r\nContent-Length: 41\r\n"), "{answer}");
+        let login =
+            b"HEAD http://a/ HTTP/1.1\r\nHost: a\r\nProxy-Authorization: Basic eDp5\r\n\r\n";
+        server.handle_input(login).unwrap();
+        server.authenticated(Verdict::Accepted);
+        server.reply(Outcome::Refused);
+        let answer = said(&mut server);
+        assert!(answer.starts_with("HTTP/1.1 502 ") && answer.ends_with("\r\n\r\n"), "{answer}");
+        assert!(server.resume());
     }
 }
