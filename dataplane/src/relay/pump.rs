@@ -399,7 +399,7 @@ impl Pump<'_> {
         let unused = granted - filled.as_ref().unwrap_or(&0);
         self.context().allowance.unused(self.direction, unused);
         let flow = match filled {
-            Ok(0) => Flow::Ended,
+            Ok(0) => self.end_of_input()?,
             Ok(filled) => {
                 self.course.spliced.set(true);
                 *way = match lean {

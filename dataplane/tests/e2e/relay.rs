@@ -161,6 +161,44 @@ fn a_reset_of_a_client_that_does_not_read_reaches_the_target_as_a_reset() {
     }
 }
 
+/// The same of a client that has sent in bulk.
+#[test]
+fn a_reset_of_a_client_in_bulk_reaches_the_target_as_a_reset() {
+    let proxy = Setup::new().start();
+    let (sender, ends) = mpsc::channel();
+    let target = target(move |mut stream| {
+        let (mut writer, written) = (stream.try_clone().unwrap(), sender.clone());
+        writer.set_write_timeout(Some(Duration::from_millis(300))).unwrap();
+        // Until nothing more is taken: what is on its way to the client waits in the proxy.
+        let writes = thread::spawn(move || {
+            while writer.write_all(&[1; 8 * 1024]).is_ok() {
+                pause(Duration::from_micros(100));
+            }
+            let _ = written.send(None);
+        });
+        let end = io::copy(&mut stream, &mut io::sink()).map_err(|error| error.kind());
+        writes.join().unwrap();
+        let _ = sender.send(Some(end));
+    });
+    for round in 0..rounds(4, 50) {
+        let clients: Vec<TcpStream> = (0..8).map(|_| proxy.tunnel(None, target)).collect();
+        thread::scope(|scope| {
+            for mut stream in &clients {
+                scope.spawn(move || stream.write_all(&pattern(16 * MIB)).unwrap());
+            }
+        });
+        for _ in 0..8 {
+            assert_eq!(ends.recv_timeout(PATIENCE).unwrap(), None);
+        }
+        drop(clients);
+        for _ in 0..8 {
+            let end = ends.recv_timeout(PATIENCE).unwrap();
+            assert_eq!(end, Some(Err(io::ErrorKind::ConnectionReset)), "round {round}");
+        }
+    }
+    assert!(proxy.metric("culvert_spliced_total") > 0.0);
+}
+
 /// A target that has said all and ended, and then resets what still comes, has ended in order.
 #[test]
 fn what_was_said_before_an_end_comes_whole_though_a_reset_follows() {
