@@ -2,13 +2,14 @@
 //!
 //! A flow borrows a pipe only while bytes are inside it, so the pool serves many flows. Without
 //! privileges a user gets 64 pipes of this size before later ones fall to 8 KiB
-//! (`/proc/sys/fs/pipe-user-pages-soft`); a pipe that comes out short is refused, and its flow stays
-//! on copying.
+//! (`/proc/sys/fs/pipe-user-pages-soft`); a pipe that comes out short is refused, and flows stay on
+//! copying for a while.
 
 use std::{
     cell::{Cell, RefCell},
     io,
     os::fd::{AsRawFd, FromRawFd, OwnedFd},
+    time::{Duration, Instant},
 };
 
 use crate::Socket;
@@ -22,7 +23,11 @@ thread_local! {
     static FREE: RefCell<Vec<Pipe>> = const { RefCell::new(Vec::new()) };
     static MADE: Cell<usize> = const { Cell::new(0) };
     static MAX: Cell<usize> = const { Cell::new(PIPES_MAX / 2) };
+    /// When a pipe last came out short.
+    static SHORT: Cell<Option<Instant>> = const { Cell::new(None) };
 }
+/// A user who has too many pipes may have fewer after so long.
+const SHORT_FOR: Duration = Duration::from_secs(10);
 
 /// Sets how many pipes the calling worker may make: its share of [`PIPES_MAX`].
 pub fn set_pipes_max(pipes: usize) {
@@ -42,16 +47,17 @@ impl Pipe {
         if let Some(pipe) = FREE.with_borrow_mut(Vec::pop) {
             return Some(pipe);
         }
-        if MADE.get() >= MAX.get() {
+        let is_short = SHORT.get().is_some_and(|at| at.elapsed() < SHORT_FOR);
+        if is_short || MADE.get() >= MAX.get() {
             return None;
         }
         match Self::create() {
             Ok(pipe) => Some(pipe),
             Err(error) => {
-                // Short, as all further ones would be: do not ask again for every flow. A want of
+                // Short, as further ones would be: do not ask again for every flow. A want of
                 // descriptors passes.
                 if error.kind() == io::ErrorKind::Other {
-                    MAX.set(MADE.get());
+                    SHORT.set(Some(Instant::now()));
                 }
                 None
             }
