@@ -23,7 +23,7 @@ use std::{
 };
 
 use culvert_proto::{Command, Handshake, Outcome, Protocol, Request};
-use culvert_rt::{Accepted, Socket, Watch};
+use culvert_rt::{Accepted, Socket, Watch, either, sleep};
 
 pub use live::{Live, LiveInfo};
 pub use record::Record;
@@ -109,6 +109,12 @@ impl Kept {
     fn take(self) -> Option<Box<Established>> {
         (self.since.elapsed() < KEPT).then_some(self.established)
     }
+
+    /// Waits until it is of no more use: too old, or the target has ended it or said what nobody asked for.
+    async fn spoilt(&self) {
+        let left = KEPT.saturating_sub(self.since.elapsed());
+        either(sleep(left), self.established.dialled.socket.readable()).await;
+    }
 }
 
 /// A session from accept to record.
@@ -177,6 +183,7 @@ impl Session {
         };
         let mut kept = None;
         loop {
+            Box::pin(self.rest(&mut kept)).await;
             let request = match Box::pin(self.negotiate(&mut *handshake)).await {
                 Ok(request) => request,
                 // Between two requests, silence or a farewell ends the session well.
@@ -195,6 +202,17 @@ impl Session {
                 Ok(handshake) => handshake,
                 Err(end) => return end,
             };
+        }
+    }
+
+    /// Waits for the client's next word while a connection to a target is kept, and closes that as soon as it is
+    /// of no more use.
+    async fn rest(&self, kept: &mut Option<Kept>) {
+        let Some(held) = kept.as_ref().filter(|_| self.early.borrow().is_empty()) else { return };
+        // A stop is told by the next wait.
+        let waited = self.watch.guard(either(self.client.readable(), held.spoilt())).await;
+        if matches!(waited, Ok(true)) {
+            *kept = None;
         }
     }
 

@@ -1,8 +1,8 @@
-//! Two futures in one task, both to their end.
+//! Two futures in one task.
 
 use std::{
-    future::Future,
-    pin::Pin,
+    future::{Future, poll_fn},
+    pin::{Pin, pin},
     task::{Context, Poll},
 };
 
@@ -47,4 +47,17 @@ impl<A: Future, B: Future> Future for Join<A, B> {
             }
         }
     }
+}
+
+/// Waits for one of two futures that may be dropped, such as waits for readiness; whether it was the
+/// second, which goes before the first if both are done.
+pub async fn either<A: Future, B: Future>(first: A, second: B) -> bool {
+    let (mut first, mut second) = (pin!(first), pin!(second));
+    poll_fn(|cx| {
+        if second.as_mut().poll(cx).is_ready() {
+            return Poll::Ready(true);
+        }
+        first.as_mut().poll(cx).map(|_| false)
+    })
+    .await
 }

@@ -34,7 +34,7 @@ pub use buffer::{BUFFER_LARGE, BUFFER_SMALL, BUFFERS_LARGE_MAX, Buffer, buffer_s
 pub use connect::{ConnectOptions, connect};
 pub use deadline::{Guarded, Stopped, Ticks, Watch, Wheel, now};
 pub use interfaces::local_addresses;
-pub use join::{Join, join};
+pub use join::{Join, either, join};
 pub use listener::{Accepted, Listener, bind_listener, probe_listener};
 pub use mailbox::{Full, Inbox, Mailbox, Sender, mailbox};
 pub use pipe::{PIPE_BYTES, PIPES_MAX, Pipe, set_pipes_max};

@@ -2,7 +2,7 @@
 
 use std::rc::Rc;
 
-use culvert_rt::{Accepted, Listener, spawn, take_turns};
+use culvert_rt::{Accepted, Listener, either, spawn, take_turns};
 
 use super::Worker;
 use crate::{
@@ -34,17 +34,6 @@ pub(super) async fn run(worker: Rc<Worker>, listener: Listener, index: usize) {
         }
         take_turns().await;
     }
-}
-
-/// Waits for either; whether it was the second. Both hold nothing.
-async fn either<A: Future + Unpin, B: Future + Unpin>(mut a: A, mut b: B) -> bool {
-    std::future::poll_fn(|cx| {
-        if std::pin::Pin::new(&mut b).poll(cx).is_ready() {
-            return std::task::Poll::Ready(true);
-        }
-        std::pin::Pin::new(&mut a).poll(cx).map(|_| false)
-    })
-    .await
 }
 
 /// Accepts what is in the queue; whether it failed for want of descriptors or memory.

@@ -3,11 +3,11 @@
 use std::{
     io::{BufRead, BufReader, Read, Write},
     net::{Shutdown, SocketAddr, TcpStream},
-    sync::{Arc, Mutex},
+    sync::{Arc, Mutex, mpsc},
     time::{Duration, Instant},
 };
 
-use crate::support::{Setup, TestProxy, closed_port, echo, ping, target};
+use crate::support::{PATIENCE, Setup, TestProxy, closed_port, echo, ping, target};
 
 /// `ann:secret`
 const LOGIN: &str = "Proxy-Authorization: Basic YW5uOnNlY3JldA==\r\n";
@@ -105,12 +105,41 @@ fn a_login_is_asked_for_and_the_connection_kept() {
     assert!(refused.contains("Proxy-Authenticate: Basic "));
     let wrong = get(&mut stream, target, "/", "Proxy-Authorization: Basic YW5uOndyb25n\r\n");
     assert!(wrong.starts_with("HTTP/1.1 407 "));
+    // Nor does an answer to HEAD leave a text that would begin the next.
+    let head = format!("HEAD http://{target}/ HTTP/1.1\r\nHost: {target}\r\n\r\n");
+    stream.write_all(head.as_bytes()).unwrap();
+    let mut refused = [0; 1024];
+    let length = stream.read(&mut refused).unwrap();
+    assert!(refused.starts_with(b"HTTP/1.1 407 ") && refused[..length].ends_with(b"\r\n\r\n"));
     assert!(get(&mut stream, target, "/", LOGIN).ends_with("answer 1"));
     // Each request of the connection needs the login.
     assert!(get(&mut stream, target, "/", "").starts_with("HTTP/1.1 407 "));
     let requests = requests.lock().unwrap();
     assert_eq!(requests.len(), 1);
     assert!(!requests[0].to_ascii_lowercase().contains("proxy-"), "{}", requests[0]);
+}
+
+/// RELIABILITY A2: a target that ends a kept connection is not left waiting for the client's next request.
+#[test]
+fn a_kept_connection_that_its_target_ends_is_closed() {
+    let proxy = Setup::new().start();
+    let (sender, closed) = mpsc::channel();
+    let target = target(move |mut stream| {
+        let mut head = [0; 1024];
+        assert!(stream.read(&mut head).unwrap() > 0);
+        stream.write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok").unwrap();
+        stream.shutdown(Shutdown::Write).unwrap();
+        let began = Instant::now();
+        let end = stream.read(&mut [0]).map_err(|error| error.kind());
+        let _ = sender.send((end, began.elapsed()));
+    });
+    let mut client = proxy.connect();
+    for _ in 0..2 {
+        assert!(get(&mut client, target, "/", "").ends_with("ok"));
+        let (end, after) = closed.recv_timeout(PATIENCE).unwrap();
+        assert_eq!(end, Ok(0));
+        assert!(after < Duration::from_secs(5), "{after:?}");
+    }
 }
 
 /// On a connection that several clients share, a wrong login makes nobody the one before.

@@ -161,4 +161,13 @@ impl super::Filter {
             + self.domain_regex.len()
             + self.cidr.len()
     }
+
+    /// Adds what another names, which has the same action and ports.
+    pub fn absorb(&mut self, other: Self) {
+        self.domain.extend(other.domain);
+        self.domain_suffix.extend(other.domain_suffix);
+        self.domain_keyword.extend(other.domain_keyword);
+        self.domain_regex.extend(other.domain_regex);
+        self.cidr.extend(other.cidr);
+    }
 }
