@@ -625,11 +625,12 @@ impl Follower {
         generation: u64,
         change: impl FnOnce(&Copy) -> Result<Change, String> + Send + 'static,
     ) -> Result<(), Gone> {
-        let (follower, node) = (self.clone(), node.clone());
+        let (follower, followed) = (self.clone(), node.clone());
         let put = beside_the_workers(move || {
             let mut copy = lock(&follower.copy);
             let change = change(&copy).map_err(|reason| vec![reason])?;
-            node.follow(change.draft(), generation)
+            followed
+                .follow(change.draft(), generation)
                 .map_err(|problems| problems.iter().map(Problem::to_string).collect::<Vec<_>>())?;
             let appended = copy.apply(change);
             if let Err(error) = copy.keep(appended.as_deref()) {
@@ -637,7 +638,7 @@ impl Follower {
                 copy.write_anew();
             }
             follower.generation.store(generation, Relaxed);
-            let users = node.shared.snapshot.load().directory.len();
+            let users = followed.shared.snapshot.load().directory.len();
             tracing::info!(generation, users, "policy followed");
             Ok(())
         });
@@ -649,6 +650,7 @@ impl Follower {
             Err(reasons) => {
                 self.becomes_stale();
                 self.refuses.store(true, Relaxed);
+                node.rejected.fetch_add(1, Relaxed);
                 for reason in &reasons {
                     tracing::error!(generation, %reason, "the control plane's policy is refused");
                 }

@@ -313,9 +313,7 @@ impl Node {
     /// All problems; the policy before stays.
     pub fn follow(&self, draft: Draft<'_>, version: u64) -> Result<u64, Vec<Problem>> {
         let present = self.present.lock().unwrap_or_else(PoisonError::into_inner);
-        self.put(draft, Some(version), &present).inspect_err(|_| {
-            self.rejected.fetch_add(1, Relaxed);
-        })
+        self.put(draft, Some(version), &present)
     }
 
     fn put(
