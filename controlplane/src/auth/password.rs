@@ -1,6 +1,8 @@
 //! Passwords, hashed off the event loop.
 
-use std::sync::OnceLock;
+use std::sync::{Arc, LazyLock, OnceLock};
+
+use tokio::sync::Semaphore;
 
 use crate::auth::token::random;
 
@@ -23,9 +25,26 @@ pub fn check_password(password: &str) -> Result<(), &'static str> {
     }
 }
 
-/// Hashes a password; 50 ms on another thread.
+/// Passwords that are hashed at once: half of the cores, so that no flood of logins takes them all.
+static HASHING: LazyLock<Arc<Semaphore>> = LazyLock::new(|| {
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    Arc::new(Semaphore::new((cores / 2).max(1)))
+});
+
+/// Runs what takes 50 ms of a core, on another thread and when its turn has come. Who gives up waiting
+/// leaves the queue, and the place of what runs is free when that is done.
+async fn hashing<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Option<T> {
+    let place = HASHING.clone().acquire_owned().await.ok()?;
+    let work = move || {
+        let _place = place;
+        work()
+    };
+    tokio::task::spawn_blocking(work).await.ok()
+}
+
+/// Hashes a password; 50 ms on another thread, once its turn has come.
 pub async fn hash_password(password: String) -> Option<String> {
-    tokio::task::spawn_blocking(move || bcrypt::hash(password, COST).ok()).await.ok().flatten()
+    hashing(move || bcrypt::hash(password, COST).ok()).await.flatten()
 }
 
 /// Verifies a password; without a hash it takes as long and is wrong.
@@ -38,7 +57,7 @@ pub async fn verify_password(password: String, hash: Option<String>) -> bool {
         let whole = password.len() <= BYTES_MAX && !password.contains('\0');
         bcrypt::verify(&password, &hash).unwrap_or(false) && known && whole
     };
-    tokio::task::spawn_blocking(verify).await.unwrap_or(false)
+    hashing(verify).await.unwrap_or(false)
 }
 
 /// A password for a first login: 100 bits.
@@ -50,6 +69,25 @@ pub fn random_password() -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// Who waits for a turn and leaves holds up nobody.
+    #[tokio::test]
+    async fn few_are_hashed_at_once() {
+        let guess = || verify_password("a guess".into(), None);
+        let mut guesses: Vec<_> =
+            (0..HASHING.available_permits() + 200).map(|_| Box::pin(guess())).collect();
+        for guess in &mut guesses {
+            assert!(futures_now(guess.as_mut()).await.is_none());
+        }
+        assert_eq!(HASHING.available_permits(), 0);
+        drop(guesses);
+        assert!(!guess().await);
+    }
+
+    /// What a future says at once.
+    async fn futures_now<F: Future>(future: std::pin::Pin<&mut F>) -> Option<F::Output> {
+        tokio::time::timeout(std::time::Duration::ZERO, future).await.ok()
+    }
 
     #[test]
     fn passwords_are_bounded_by_characters_and_by_bytes() {
