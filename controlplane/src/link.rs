@@ -310,13 +310,14 @@ impl Hub {
         let mut row = change.update(self.store.db()).await?;
         // MySQL reads it again, when it may be another boot's already.
         (row.boot, row.generation) = (hello.boot.cast_signed(), hello.generation.cast_signed());
+        let seen_at = now();
         let begun = boot::ActiveModel {
             node_id: Set(row.id),
             boot: Set(hello.boot.cast_signed()),
             sequence: Set(-1),
             uncertain: Set(0),
             ended: Set(false),
-            seen_at: Set(now()),
+            seen_at: Set(seen_at),
             // What was asked before it began is none of its business.
             command: Set(self.last_command().await?),
         };
@@ -331,7 +332,7 @@ impl Hub {
         // What came to it, or what was asked before it began; numbers are lower in a database that was restored.
         let command = begun.map_or(0, |boot| boot.command).max(hello.command.cast_signed());
         let command = command.min(self.last_command().await?);
-        Ok(Node { row, shown, command, taken_back: HashSet::new() })
+        Ok(Node { row, shown, seen_at, command, taken_back: HashSet::new() })
     }
 
     async fn enrol(&self, name: &str) -> Result<node::Model, Gone> {
@@ -519,7 +520,7 @@ impl Hub {
             .map(drop)
     }
 
-    async fn beat(&self, node: &Node, beat: &link::Heartbeat) -> Result<(), DbErr> {
+    async fn beat(&self, node: &mut Node, beat: &link::Heartbeat) -> Result<(), DbErr> {
         let at = now();
         let row = heartbeat::ActiveModel {
             node_id: Set(node.row.id),
@@ -540,6 +541,7 @@ impl Hub {
             .filter(boot::Column::Boot.eq(node.row.boot))
             .exec(self.store.db())
             .await?;
+        node.seen_at = at;
         let mut row = node::Entity::update_many()
             .col_expr(node::Column::SeenAt, at.into())
             .col_expr(node::Column::Connected, true.into())
@@ -624,6 +626,11 @@ impl Hub {
     }
 
     async fn disconnected(&self, node: &Node) -> Result<(), DbErr> {
+        // The same boot may be back already, here or elsewhere, before this connection was seen to be dead.
+        let last = boot::Entity::find_by_id(node.key()).one(self.store.db()).await?;
+        if last.is_some_and(|boot| boot.seen_at != node.seen_at) {
+            return Ok(());
+        }
         let gone = node::Entity::update_many()
             .col_expr(node::Column::Connected, false.into())
             .filter(node::Column::Id.eq(node.row.id))
@@ -685,6 +692,8 @@ struct Node {
     row: node::Model,
     /// The fingerprint of the certificate it has shown; `None` on this host's socket.
     shown: Option<String>,
+    /// When this connection last said that the boot was seen.
+    seen_at: i64,
     /// The last command that this boot was told.
     command: i64,
     /// Users of whose leases some was taken back, until it has told what it still holds.

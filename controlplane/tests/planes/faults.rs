@@ -299,6 +299,105 @@ fn versions_are_agreed_on_and_refusals_are_shown() {
     });
 }
 
+/// A connection that is dead, and not yet seen to be, does not take the boot away that is back on another.
+#[test]
+fn a_stale_connection_ends_alone() {
+    on_each(|planes| {
+        let connect = || {
+            let mut peer = Peer::connect(&planes);
+            assert_eq!(peer.hello([link::VERSION; 2], 0).refusal, "");
+            let Some(down::Body::Snapshot(_)) = peer.hear() else { panic!("no snapshot") };
+            peer
+        };
+        let online =
+            || planes.must("GET", "/proxy/nodes", Value::Null)["items"][0]["online"].clone();
+        let sessions = || planes.must("GET", "/online", Value::Null)["total"].clone();
+        let stale = connect();
+        let mut present = connect();
+        let live = link::LiveSession { id: 1, user: 0, json: b"{}".to_vec() };
+        present.say(up::Body::Live(link::Live { sessions: vec![live] }));
+        await_some("its session", || (sessions() == 1).then_some(()));
+        drop(stale);
+        planes.control.await_line("node disconnected");
+        pause(Duration::from_millis(500));
+        assert_eq!((online(), sessions()), (json!(true), json!(1)));
+        drop(present);
+        await_some("its end", || (online() == false && sessions() == 0).then_some(()));
+    });
+}
+
+/// A node that does not understand a policy says why, stays with the one it has, over a restart too, and takes
+/// the next.
+#[test]
+fn a_node_refuses_what_it_does_not_understand() {
+    on_each(|planes| {
+        let (way, socket) = (planes.folder.path().join("way"), planes.state().join("control.sock"));
+        let spoils = Arc::new(AtomicBool::new(false));
+        let (spoilt, listener) = (spoils.clone(), UnixListener::bind(&way).unwrap());
+        thread::spawn(move || {
+            for node in listener.incoming().flatten() {
+                let Ok(plane) = UnixStream::connect(&socket) else { continue };
+                let (mut from, mut to) = (node.try_clone().unwrap(), plane.try_clone().unwrap());
+                thread::spawn(move || {
+                    let _ = std::io::copy(&mut from, &mut to);
+                    let _ = to.shutdown(Shutdown::Both);
+                });
+                let spoilt = spoilt.clone();
+                thread::spawn(move || spoil(plane, node, &spoilt));
+            }
+        });
+        let node = planes.node_by("edge", &format!("connect = 'unix:{}'", way.display()));
+        let target = echo();
+        planes.user("ann", json!({}));
+        let mut stream = await_some("tunnel", || node.tunnel("ann", target).ok());
+        spoils.store(true, Relaxed);
+        planes.must("PATCH", "/settings", json!({ "default_policy": "deny" }));
+        let told = || planes.must("GET", "/proxy/nodes", Value::Null)["items"][0].clone();
+        let refused = || told()["refusal"].as_str().is_some_and(|text| text.contains("moon"));
+        await_some("a refusal", || refused().then_some(()));
+        assert!(node.metric("culvert_config_rejected_total") >= 1.0);
+        ping(&mut stream).unwrap();
+        ping(&mut node.tunnel("ann", target).unwrap()).unwrap();
+        // What lies on its disk is what it follows.
+        let Node { mut program, .. } = node;
+        program.kill();
+        let node = planes.node_by("edge", &format!("connect = 'unix:{}'", way.display()));
+        ping(&mut await_some("tunnel", || node.tunnel("ann", target).ok())).unwrap();
+        await_some("a refusal", || refused().then_some(()));
+        spoils.store(false, Relaxed);
+        planes.must("PATCH", "/settings", json!({ "deny_ports": [25] }));
+        await_some("the default", || node.tunnel("ann", target).err());
+        await_some("no refusal", || (told()["refusal"] == "").then_some(()));
+    });
+}
+
+/// Passes messages to a node; policies with a key that it does not know, if it is to be so.
+fn spoil(mut from: UnixStream, mut to: UnixStream, spoils: &AtomicBool) {
+    let (mut decoder, mut bytes) = (Decoder::default(), vec![0; 64 * 1024]);
+    while let Ok(received @ 1..) = from.read(&mut bytes) {
+        decoder.push(&bytes[..received]);
+        while let Some(mut message) = decoder.take::<Down>().unwrap() {
+            let policy = match &mut message.body {
+                Some(down::Body::Snapshot(snapshot)) => Some(&mut snapshot.policy),
+                Some(down::Body::Delta(delta)) => Some(&mut delta.policy),
+                _ => None,
+            };
+            if let Some(policy) = policy.filter(|policy| !policy.is_empty() && spoils.load(Relaxed))
+            {
+                let mut json: Value = serde_json::from_slice(policy).unwrap();
+                json["moon"] = json!(1);
+                *policy = serde_json::to_vec(&json).unwrap();
+            }
+            let mut out = Vec::new();
+            encode(&message, &mut out);
+            if to.write_all(&out).is_err() {
+                return;
+            }
+        }
+    }
+    let _ = to.shutdown(Shutdown::Both);
+}
+
 /// RELIABILITY C4 and D1, under load: whenever the control plane is killed, no session notices, and in the
 /// end every byte is there once.
 #[test]
