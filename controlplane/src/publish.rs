@@ -1,12 +1,12 @@
 //! From the database to what nodes follow: whole snapshots, and what changed since a generation.
 
 use std::{
-    collections::{BTreeSet, HashMap},
-    sync::Arc,
+    collections::{BTreeSet, HashMap, hash_map::Entry},
+    sync::{Arc, PoisonError},
 };
 
 use culvert_api::{
-    link::{self, Down, down, encode},
+    link::{self, Down, FRAME_MAX, down, encode},
     policy::Policy,
 };
 use sea_orm::{
@@ -26,8 +26,6 @@ use crate::{
 
 /// Changed users beyond which a whole snapshot is sent.
 const DELTA_MAX: usize = 20_000;
-/// Generations from which nodes come at once.
-const NEWS_MAX: usize = 64;
 /// Users read by one query.
 const PART: usize = 5_000;
 
@@ -45,13 +43,17 @@ pub struct News {
 pub struct Publisher {
     store: Store,
     /// By the generation a node has; 0 is none.
-    news: Mutex<HashMap<u64, Arc<News>>>,
+    news: std::sync::Mutex<HashMap<u64, Slot>>,
 }
+
+/// News that are there, or read by whoever has the lock: others who come with the same generation wait for
+/// these, and nobody else.
+type Slot = Arc<Mutex<Option<Arc<News>>>>;
 
 impl Publisher {
     /// For a database.
     pub fn new(store: Store) -> Self {
-        Self { store, news: Mutex::default() }
+        Self { store, news: std::sync::Mutex::default() }
     }
 
     /// What a node is to be told that has a generation; 0 is none.
@@ -59,33 +61,52 @@ impl Publisher {
     /// # Errors
     /// The database fails.
     pub async fn news(&self, known: u64) -> Result<Arc<News>, DbErr> {
-        // Whoever comes meanwhile waits for what is read now.
-        let mut news = self.news.lock().await;
-        let present = self.store.known_generation();
-        news.retain(|_, news| news.generation >= present);
-        if let Some(same) = news.get(&known) {
-            return Ok(same.clone());
-        }
-        if known > 0
-            && let Some(delta) = delta(&self.store, known).await?
-        {
-            let metered = delta.upserts.iter().filter(|user| user.metered).map(|user| user.id);
-            let (generation, metered) = (delta.generation, Some(metered.collect()));
-            let told =
-                Arc::new(News { generation, metered, frame: frame(down::Body::Delta(delta)) });
-            if news.len() < NEWS_MAX {
-                news.insert(known, told.clone());
+        if known > 0 {
+            let slot = self.slot(known);
+            let mut news = slot.lock().await;
+            if let Some(news) = self.fresh(&news) {
+                return Ok(news);
             }
-            return Ok(told);
+            if let Some(delta) = delta(&self.store, known).await? {
+                let metered = delta.upserts.iter().filter(|user| user.metered).map(|user| user.id);
+                let (generation, metered) = (delta.generation, Some(metered.collect()));
+                if let Some(frame) = frame(down::Body::Delta(delta)) {
+                    return Ok(news.insert(Arc::new(News { generation, metered, frame })).clone());
+                }
+            }
         }
-        if let Some(whole) = news.get(&0) {
-            return Ok(whole.clone());
+        let slot = self.slot(0);
+        let mut news = slot.lock().await;
+        if let Some(news) = self.fresh(&news) {
+            return Ok(news);
         }
         let whole = snapshot(&self.store).await?;
-        let (generation, frame) = (whole.generation, frame(down::Body::Snapshot(whole)));
-        let whole = Arc::new(News { generation, metered: None, frame });
-        news.insert(0, whole.clone());
-        Ok(whole)
+        let generation = whole.generation;
+        let Some(frame) = frame(down::Body::Snapshot(whole)) else {
+            // They keep what they have.
+            tracing::error!(
+                generation,
+                "users, filters and rules are more than the {FRAME_MAX} bytes that nodes take; remove some"
+            );
+            return Ok(Arc::new(News { generation: known, metered: None, frame: Vec::new() }));
+        };
+        Ok(news.insert(Arc::new(News { generation, metered: None, frame })).clone())
+    }
+
+    /// Where the news for a generation are, or will be. Those that nobody reads and that are old are forgotten.
+    fn slot(&self, known: u64) -> Slot {
+        let mut slots = self.news.lock().unwrap_or_else(PoisonError::into_inner);
+        slots.retain(|_, slot| {
+            Arc::strong_count(slot) > 1
+                || slot.try_lock().is_ok_and(|news| self.fresh(&news).is_some())
+        });
+        slots.entry(known).or_default().clone()
+    }
+
+    /// News that lead to the present generation.
+    fn fresh(&self, news: &Option<Arc<News>>) -> Option<Arc<News>> {
+        let present = self.store.known_generation();
+        news.as_ref().filter(|news| news.generation >= present).cloned()
     }
 }
 
@@ -93,10 +114,11 @@ fn json(policy: &Policy) -> Vec<u8> {
     serde_json::to_vec(policy).unwrap_or_default()
 }
 
-fn frame(body: down::Body) -> Vec<u8> {
+/// A message's frame; `None` if it is longer than nodes take.
+fn frame(body: down::Body) -> Option<Vec<u8>> {
     let mut frame = Vec::new();
     encode(&Down::from(body), &mut frame);
-    frame
+    (frame.len() <= FRAME_MAX).then_some(frame)
 }
 
 /// Says at once what a node would say of a policy.
@@ -218,8 +240,18 @@ async fn policy(db: &impl ConnectionTrait) -> Result<Policy, DbErr> {
     let filters = filters.order_by_asc(url_filter::Column::Id).all(db).await?;
     // One that is left out might be the one that refuses: rather nothing new than that.
     let unreadable = |reason: String| DbErr::Custom(format!("a row that is no policy: {reason}"));
-    let filters = filters.iter().map(crate::http::filter_of).collect::<Result<_, _>>();
-    policy.filter = filters.map_err(unreadable)?;
+    // Many rows, but few that differ in more than what they name.
+    let mut alike: HashMap<(&str, &str), usize> = HashMap::new();
+    for row in &filters {
+        let filter = crate::http::filter_of(row).map_err(unreadable)?;
+        match alike.entry((&row.action, &row.ports)) {
+            Entry::Occupied(known) => policy.filter[*known.get()].absorb(filter),
+            Entry::Vacant(place) => {
+                place.insert(policy.filter.len());
+                policy.filter.push(filter);
+            }
+        }
+    }
     let rules = rule::Entity::find().filter(rule::Column::Enabled.eq(true));
     let rules = rules.order_by_asc(rule::Column::Position).order_by_asc(rule::Column::Id);
     let rules = rules.all(db).await?;
@@ -322,7 +354,70 @@ async fn of_nodes(
 
 #[cfg(test)]
 mod tests {
+    use sea_orm::Set;
+
     use super::*;
+    use crate::store::{
+        Actor, Change,
+        tests::{new_store, servers},
+    };
+
+    /// Whoever reads the whole for a node that comes holds up none that follows.
+    #[tokio::test]
+    async fn what_has_changed_does_not_wait_for_the_whole() {
+        for server in servers() {
+            let (store, _folder) = new_store(server.as_deref()).await;
+            let publisher = Publisher::new(store.clone());
+            let known = publisher.news(0).await.unwrap().generation;
+            let actor = Actor { name: "test".into(), address: String::new() };
+            let edit = store.edit(actor).await.unwrap();
+            edit.commit(Change::new("test", "").policy()).await.unwrap();
+            let whole = publisher.slot(0);
+            let _reading = whole.lock().await;
+            assert_eq!(publisher.news(known).await.unwrap().generation, known + 1);
+        }
+    }
+
+    #[tokio::test]
+    async fn filters_that_differ_by_what_they_name_are_one() {
+        for server in servers() {
+            let (store, _folder) = new_store(server.as_deref()).await;
+            let rows = [
+                ("deny", "domain", "a.example", "[]"),
+                ("deny", "domain_suffix", "b.example", "[]"),
+                ("deny", "cidr", "192.0.2.0/24", "[\"443\"]"),
+                ("deny", "domain", "c.example", "[]"),
+                ("allow", "domain", "d.example", "[]"),
+            ];
+            for (action, kind, value, ports) in rows {
+                let row = url_filter::ActiveModel {
+                    action: Set(action.into()),
+                    kind: Set(kind.into()),
+                    value: Set(value.into()),
+                    ports: Set(ports.into()),
+                    enabled: Set(true),
+                    comment: Set(String::new()),
+                    created_at: Set(0),
+                    ..Default::default()
+                };
+                url_filter::Entity::insert(row).exec(store.db()).await.unwrap();
+            }
+            let filters = policy(store.db()).await.unwrap().filter;
+            assert_eq!(filters.len(), 3);
+            assert_eq!(filters[0].domain, ["a.example", "c.example"]);
+            assert_eq!(filters[0].domain_suffix, ["b.example"]);
+            assert_eq!((filters[1].cidr.len(), filters[1].port.len()), (1, 1));
+            assert_eq!(filters[2].action, culvert_api::policy::Access::Allow);
+        }
+    }
+
+    #[test]
+    fn what_nodes_would_not_take_is_not_sent() {
+        let snapshot = |bytes: usize| {
+            down::Body::Snapshot(link::Snapshot { policy: vec![0; bytes], ..Default::default() })
+        };
+        assert!(frame(snapshot(1)).is_some() && frame(snapshot(FRAME_MAX)).is_none());
+    }
 
     #[test]
     fn a_users_rates_are_their_own_then_the_groups_then_the_default() {
