@@ -22,7 +22,7 @@ use crate::{
 const SECOND: i64 = 1_000_000;
 
 /// Begins to count for the quotas of a period, of one user or of all: what was moved in the present period
-/// is already part of it, as far as minutes are kept.
+/// is already part of it, as far as minutes are kept, and but for what was moved before the last reset.
 ///
 /// # Errors
 /// The database failed.
@@ -31,7 +31,10 @@ pub async fn begin(db: &DatabaseTransaction, period: &str, user: Option<i64>) ->
     let whose = user.map_or(String::new(), |user| format!(" AND u.id = {user}"));
     let rows = match start {
         TOTAL => "user_usage t ON t.user_id = u.id AND t.period = 0".to_owned(),
-        _ => format!("traffic_logs t ON t.user_id = u.id AND t.at >= {start}"),
+        _ => format!(
+            "traffic_logs t ON t.user_id = u.id AND t.at >= {start} AND t.at >= \
+             COALESCE((SELECT MAX(r.at) FROM usage_resets r WHERE r.user_id = u.id), 0)"
+        ),
     };
     let backend = db.get_database_backend();
     let over = match backend {

@@ -767,6 +767,15 @@ fn quotas_begin_at_midnight_of_the_zone() {
         assert!(used["used"].as_u64().unwrap() > 0, "{used}");
         assert!(!used["history"].as_array().unwrap().is_empty());
         ping(&mut stream).unwrap();
+        await_some("more bytes", || {
+            (planes.used(&id) > used["used"].as_u64().unwrap()).then_some(())
+        });
+        // But for what a reset has forgiven.
+        planes.must("POST", &format!("/users/{id}/usage/reset"), Value::Null);
+        assert_eq!(zone("Asia/Kathmandu"), 200);
+        let used = usage();
+        assert!(used["period_started"].as_str().unwrap().contains("T18:15:00"), "{used}");
+        assert_eq!(used["used"], 0, "{used}");
     });
 }
 
