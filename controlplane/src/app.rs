@@ -106,13 +106,14 @@ pub async fn store(config: &Config) -> anyhow::Result<Store> {
     open(config).await.map_err(explained)
 }
 
-/// Makes the first admin, whose password is kept in a file until it is changed.
+/// Makes the first admin, unless there is one; the password is kept in a file until it is changed.
 ///
 /// # Errors
 /// The database or the file fails.
 pub async fn first_admin(store: &Store, dir: &Path) -> anyhow::Result<()> {
     let path = dir.join("initial-admin");
-    if user::Entity::find().count(store.db()).await? > 0 {
+    let admins = || user::Entity::find().filter(user::Column::Role.eq("admin"));
+    if admins().count(store.db()).await? > 0 {
         return Ok(());
     }
     let password = random_password();
@@ -126,14 +127,17 @@ pub async fn first_admin(store: &Store, dir: &Path) -> anyhow::Result<()> {
         file.sync_all()?;
     }
     let edit = store.edit(actor).await?;
-    if user::Entity::find().count(edit.db()).await? > 0 {
+    if admins().count(edit.db()).await? > 0 {
         // Another control plane was faster.
         std::fs::remove_file(&path)?;
         return Ok(());
     }
     let row = new_user(FIRST_ADMIN, &hash, "admin");
     let made = http::edit_user::create(edit.db(), row, None).await;
-    let (_, change) = made.map_err(|problem| anyhow::anyhow!(problem.detail))?;
+    let (_, change) = made.map_err(|problem| {
+        let detail = problem.detail;
+        anyhow::anyhow!("no admin {FIRST_ADMIN:?} can be made: {detail}; make one with culvert-control user add --admin")
+    })?;
     edit.commit(change).await?;
     tracing::info!(file = %path.display(), "the first admin's password is there");
     Ok(())
@@ -262,7 +266,6 @@ pub async fn serve(
     };
     first_admin(&store, &config.state.dir).await?;
     let app = parts(config, store.clone())?;
-    app.hub.listen(&config.link_path(), config.link.allow_uids.clone())?;
     for (name, own) in
         [("link-authority.key", app.authority.known_by()), ("seal.key", app.seal.known_by())]
     {
@@ -272,6 +275,14 @@ pub async fn serve(
             config.state.dir.join(name).display()
         );
     }
+    if !is_first_or_same(&store, "jwt.key", app.tokens.known_by()).await? {
+        // It may be replaced, which ends all tokens; but then everywhere.
+        tracing::warn!(
+            "another jwt.key than the control plane's that started last: where keys differ, one refuses the other's tokens"
+        );
+        replace_known(&store, "jwt.key", app.tokens.known_by()).await?;
+    }
+    app.hub.listen(&config.link_path(), config.link.allow_uids.clone())?;
     let nodes = match config.link.bind {
         Some(bind) => Some(app.hub.listen_tls(bind, &app.authority).await?),
         None => None,
@@ -333,6 +344,13 @@ async fn is_first_or_same(store: &Store, name: &str, own: String) -> Result<bool
     setting::Entity::insert(row).on_conflict(first).exec_without_returning(store.db()).await?;
     let known = setting::Entity::find_by_id(name).one(store.db()).await?;
     Ok(known.is_some_and(|known| known.value == own))
+}
+
+/// From now on this key is the one that is known.
+async fn replace_known(store: &Store, name: &str, own: String) -> Result<(), sea_orm::DbErr> {
+    let value = serde_json::Value::String(own).to_string();
+    let row = setting::ActiveModel { name: Set(name.into()), value: Set(value) };
+    setting::Entity::update(row).exec(store.db()).await.map(drop)
 }
 
 fn changed(files: &[&Path]) -> Vec<Option<std::time::SystemTime>> {

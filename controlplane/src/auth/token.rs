@@ -16,6 +16,7 @@ pub struct Tokens {
     encoding: EncodingKey,
     decoding: DecodingKey,
     validation: Validation,
+    known_by: String,
     /// How long one is good.
     pub life: Duration,
 }
@@ -49,12 +50,19 @@ impl Tokens {
         validation.set_audience(&[AUDIENCE]);
         validation.set_required_spec_claims(&["exp", "iss", "aud", "sub"]);
         validation.leeway = 0;
+        let known_by = blake3::Hash::from(blake3::derive_key("culvert jwt.key fingerprint", key));
         Self {
+            known_by: known_by.to_hex().to_string(),
             encoding: EncodingKey::from_secret(key),
             decoding: DecodingKey::from_secret(key),
             validation,
             life,
         }
+    }
+
+    /// What tells the key from others, and nothing of it.
+    pub fn known_by(&self) -> String {
+        self.known_by.clone()
     }
 
     /// A new access token of a user, for as long as the user's token epoch stays.
