@@ -153,6 +153,21 @@ pub fn now() -> i64 {
     i64::try_from(since.as_micros()).unwrap_or(i64::MAX)
 }
 
+/// Whether a column has a part, in whichever case: SQLite knows that of ASCII only.
+pub fn has_part(column: impl ColumnTrait, part: &str) -> Expr {
+    let mut pattern = String::with_capacity(part.len() + 2);
+    pattern.push('%');
+    for letter in part.chars() {
+        if matches!(letter, '%' | '_' | '!') {
+            pattern.push('!');
+        }
+        pattern.push(letter);
+    }
+    pattern.push('%');
+    let terms = [Expr::col(column.as_column_ref()), Expr::val(pattern)];
+    Expr::cust_with_exprs("LOWER(?) LIKE LOWER(?) ESCAPE '!'", terms)
+}
+
 /// How far clocks of control planes of one database may differ, in microseconds.
 pub const SKEW: i64 = 60_000_000;
 /// What tells of itself every 5 s and was silent so long is gone, in microseconds.
@@ -213,7 +228,17 @@ impl Store {
     /// # Errors
     /// The database fails.
     pub async fn migrate(&self) -> Result<(), DbErr> {
-        schema::Migrator::up(&self.db, None).await?;
+        // Another control plane, or a command, may be about the same. A migration goes on where it was.
+        let mut attempt = 0;
+        loop {
+            attempt += 1;
+            match schema::Migrator::up(&self.db, None).await {
+                Err(error) if attempt < TRIES && is_made_by_another(&error) => {
+                    tokio::time::sleep(Duration::from_millis(5 << attempt)).await;
+                }
+                done => break done?,
+            }
+        }
         let head = entity::head::ActiveModel { id: Set(HEAD), generation: Set(1) };
         entity::head::Entity::insert(head)
             .on_conflict(
@@ -492,6 +517,14 @@ pub fn may_come(error: &DbErr) -> bool {
         ["(28000)", "1044 (42000)", "1049 (42000)", "1130 (", "peer certificate", "TLS"];
     let text = error.to_string();
     is_away(error) && !REFUSED.iter().any(|sign| text.contains(sign))
+}
+
+/// Whether what was to be made was made meanwhile: a table (1050) or an index (1061) is there, a row is.
+fn is_made_by_another(error: &DbErr) -> bool {
+    number(error).is_some_and(|number| matches!(number, 1050 | 1061))
+        || error.to_string().contains("already exists")
+        || is_duplicate(error)
+        || is_contention(error)
 }
 
 /// Whether a unique index said no.

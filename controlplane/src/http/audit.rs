@@ -12,7 +12,7 @@ use super::{
     problem::Result,
     users::time_text,
 };
-use crate::store::entity::audit;
+use crate::store::{entity::audit, has_part};
 
 pub(super) fn routes() -> OpenApiRouter<App> {
     OpenApiRouter::new().routes(routes!(list)).routes(routes!(export))
@@ -52,6 +52,12 @@ struct Which {
     action: Option<String>,
     /// A part of the subject.
     q: Option<String>,
+    /// From when.
+    #[param(format = DateTime)]
+    from: Option<String>,
+    /// Until when.
+    #[param(format = DateTime)]
+    to: Option<String>,
 }
 
 impl Which {
@@ -64,9 +70,9 @@ impl Which {
             query = query.filter(audit::Column::Action.eq(action));
         }
         if let Some(part) = super::users::short(self.q.as_ref())? {
-            query = query.filter(audit::Column::Subject.contains(part));
+            query = query.filter(has_part(audit::Column::Subject, part));
         }
-        Ok(query)
+        super::logs::within(query, audit::Column::At, [&self.from, &self.to])
     }
 }
 

@@ -19,7 +19,7 @@ use super::{
 };
 use crate::{
     publish::{self, check_together},
-    store::{Change, ROWS, entity::url_filter as filter, now},
+    store::{Change, ROWS, entity::url_filter as filter, has_part, now},
 };
 
 /// Filters of one import, and its body in bytes.
@@ -212,7 +212,7 @@ async fn list(
 ) -> Result<Json<Page<FilterView>>> {
     let mut query = filter::Entity::find();
     if let Some(part) = super::users::short(which.q.as_ref())? {
-        query = query.filter(filter::Column::Value.contains(part));
+        query = query.filter(has_part(filter::Column::Value, part));
     }
     if let Some(action) = which.action {
         query = query.filter(filter::Column::Action.eq(name_of(&action)));

@@ -17,7 +17,7 @@ use super::{
     problem::Result,
     users::{time_of, time_text},
 };
-use crate::store::entity::access_log as log;
+use crate::store::{entity::access_log as log, has_part};
 
 /// Rows of one part of an export.
 const PART: u64 = 1000;
@@ -89,6 +89,22 @@ struct Which {
     to: Option<String>,
 }
 
+/// Rows from a time on until before another.
+pub(super) fn within<E: EntityTrait>(
+    mut query: Select<E>,
+    at: E::Column,
+    [from, to]: [&Option<String>; 2],
+) -> Result<Select<E>> {
+    let bad = |problem: Problem| Problem::new(axum::http::StatusCode::BAD_REQUEST, problem.detail);
+    if let Some(from) = from {
+        query = query.filter(at.gte(time_of(from).map_err(bad)?));
+    }
+    if let Some(to) = to {
+        query = query.filter(at.lt(time_of(to).map_err(bad)?));
+    }
+    Ok(query)
+}
+
 impl Which {
     fn query(&self, caller: &Caller) -> Result<Select<log::Entity>> {
         let mut query = log::Entity::find();
@@ -96,19 +112,12 @@ impl Which {
             query = query.filter(log::Column::UserId.eq(user.parse::<i64>().unwrap_or(-1)));
         }
         if let Some(target) = super::users::short(self.target.as_ref())? {
-            query = query.filter(log::Column::Target.contains(target));
+            query = query.filter(has_part(log::Column::Target, target));
         }
         if let Some(end) = &self.end {
             query = query.filter(log::Column::Ended.eq(end));
         }
-        let bad =
-            |problem: Problem| Problem::new(axum::http::StatusCode::BAD_REQUEST, problem.detail);
-        if let Some(from) = &self.from {
-            query = query.filter(log::Column::At.gte(time_of(from).map_err(bad)?));
-        }
-        if let Some(to) = &self.to {
-            query = query.filter(log::Column::At.lt(time_of(to).map_err(bad)?));
-        }
+        query = within(query, log::Column::At, [&self.from, &self.to])?;
         if !caller.is_admin() {
             query = query.filter(log::Column::UserId.eq(caller.user.id));
         }

@@ -20,7 +20,10 @@ use super::{
 };
 use crate::{
     auth::{check_password, hash_password},
-    store::entity::{bandwidth_limit as limit, user},
+    store::{
+        entity::{bandwidth_limit as limit, user},
+        has_part,
+    },
 };
 
 pub(super) fn routes() -> OpenApiRouter<App> {
@@ -315,7 +318,7 @@ async fn list(
     let (size, skip) = paging.bounds()?;
     let mut query = user::Entity::find();
     if let Some(part) = short(which.q.as_ref())? {
-        query = query.filter(user::Column::Name.contains(part));
+        query = query.filter(has_part(user::Column::Name, part));
     }
     if let Some(status) = which.status {
         query = query.filter(user::Column::Status.eq(name_of(&status)));

@@ -2,8 +2,7 @@
 
 use axum::{Json, extract::State, http::StatusCode};
 use sea_orm::{
-    ActiveModelTrait, ColumnTrait, Condition, ConnectionTrait, EntityTrait, IntoActiveModel,
-    QueryFilter, Set,
+    ActiveModelTrait, Condition, ConnectionTrait, EntityTrait, IntoActiveModel, QueryFilter, Set,
 };
 use serde::{Deserialize, Serialize};
 use utoipa::{IntoParams, ToSchema};
@@ -14,7 +13,7 @@ use super::{
     problem::Result,
     users::{network, short, time_text},
 };
-use crate::store::{Change, entity::whitelist, now};
+use crate::store::{Change, entity::whitelist, has_part, now};
 
 pub(super) fn routes() -> OpenApiRouter<App> {
     OpenApiRouter::new().routes(routes!(list, create)).routes(routes!(show, update, remove))
@@ -85,7 +84,7 @@ async fn list(
 ) -> Result<Json<Page<EntryView>>> {
     let mut query = whitelist::Entity::find();
     if let Some(part) = short(which.q.as_ref())? {
-        let part = |column: whitelist::Column| column.contains(part);
+        let part = |column: whitelist::Column| has_part(column, part);
         query = query.filter(
             Condition::any()
                 .add(part(whitelist::Column::Cidr))

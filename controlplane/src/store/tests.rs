@@ -13,6 +13,13 @@ pub fn servers() -> impl Iterator<Item = Option<String>> {
 
 /// A new database, and a folder that it may lie in.
 pub async fn new_store(server: Option<&str>) -> (Store, tempfile::TempDir) {
+    let (url, folder) = new_database(server).await;
+    let store = Store::connect(&url, 2).await.unwrap();
+    store.migrate().await.unwrap();
+    (store, folder)
+}
+
+async fn new_database(server: Option<&str>) -> (String, tempfile::TempDir) {
     static NUMBER: AtomicUsize = AtomicUsize::new(0);
     let folder = tempfile::tempdir().unwrap();
     let url = match server {
@@ -24,7 +31,35 @@ pub async fn new_store(server: Option<&str>) -> (Store, tempfile::TempDir) {
             server.replace("/culvert?", &format!("/{name}?"))
         }
     };
-    let store = Store::connect(&url, 2).await.unwrap();
-    store.migrate().await.unwrap();
-    (store, folder)
+    (url, folder)
+}
+
+/// Control planes and commands that are first at the same time, and one that was cut short.
+#[tokio::test]
+async fn migrations_may_meet_and_go_on() {
+    for server in servers() {
+        let (url, _folder) = new_database(server.as_deref()).await;
+        let migrated = (0..4).map(|_| {
+            let url = url.clone();
+            tokio::spawn(async move {
+                let store = Store::connect(&url, 2).await?;
+                store.migrate().await.map(|()| store)
+            })
+        });
+        let migrated: Vec<_> = migrated.collect();
+        let mut stores = Vec::new();
+        for store in migrated {
+            stores.push(store.await.unwrap().unwrap());
+        }
+        let db = stores[0].db();
+        let drop = match server {
+            Some(_) => "DROP INDEX users_by_name ON users",
+            None => "DROP INDEX users_by_name",
+        };
+        for sql in [drop, "DELETE FROM seaql_migrations"] {
+            db.execute_unprepared(sql).await.unwrap();
+        }
+        stores[1].migrate().await.unwrap();
+        db.execute_unprepared(drop).await.expect("the index is there again");
+    }
 }

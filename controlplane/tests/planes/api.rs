@@ -315,12 +315,26 @@ fn answers_are_guarded_and_counted() {
         let curl = |path: &str| {
             let url = format!("http://{}{path}", planes.api);
             let output = Command::new("curl").args(["-s", "-i", "--max-time", "20", &url]).output();
-            String::from_utf8(output.unwrap().stdout).unwrap()
+            String::from_utf8_lossy(&output.unwrap().stdout).into_owned()
         };
         let docs = curl("/api/docs/");
         assert!(docs.starts_with("HTTP/1.1 200"), "{docs}");
         assert!(docs.contains("content-security-policy: default-src 'self'"), "{docs}");
+        // All that the page takes is served here.
+        let parts: Vec<&str> = ["src=\"", "href=\""]
+            .iter()
+            .flat_map(|mark| docs.split(mark).skip(1))
+            .map(|rest| rest.split('"').next().unwrap())
+            .collect();
+        assert!(parts.len() > 3, "{docs}");
+        for part in parts {
+            assert!(!part.contains("//"), "{part}");
+            let got = curl(&format!("/api/docs/{}", part.trim_start_matches("./")));
+            assert!(got.starts_with("HTTP/1.1 200"), "{part}: {got}");
+        }
         let missing = curl("/api/v1/users");
+        assert!(missing.contains("content-security-policy: default-src 'self'"), "{missing}");
+        assert!(!missing.contains("unsafe-inline"), "{missing}");
         for part in ["401", "x-content-type-options: nosniff", "cache-control: no-store"] {
             assert!(missing.contains(part), "{missing}");
         }
@@ -401,6 +415,14 @@ fn lists_are_sorted_and_say_by_what() {
         assert_eq!(sorted("/users?sort=-name", "name"), ["c", "b", "admin", "a"]);
         assert_eq!(sorted("/whitelist?sort=cidr&q=10.0", "comment"), ["a", "b", "c"]);
         assert_eq!(sorted("/whitelist?q=b", "comment"), ["b"]);
+        // A part is a part, in whichever case, and what it holds means nothing else.
+        assert_eq!(sorted("/whitelist?q=B", "comment"), ["b"]);
+        planes.user("D_d%d!", json!({}));
+        for (part, found) in [("_", 1), ("%25", 1), ("d!", 1), ("D_D%25", 1), ("%5C", 0), ("x", 0)]
+        {
+            let names = sorted(&format!("/users?q={part}"), "name");
+            assert_eq!(names, ["D_d%d!"][..found], "{part}");
+        }
         let (status, told) = planes.ask("GET", "/whitelist?sort=moon", None);
         assert_eq!(status, 400);
         assert!(told["detail"].as_str().unwrap().contains("id, cidr, created_at"), "{told}");
@@ -463,6 +485,57 @@ fn the_command_line_lists_and_migrates() {
             let (done, told) = planes.command(&words, "");
             assert!(!done && told.contains("there is no"), "{told}");
         }
+    });
+}
+
+/// A user who was there before the first start does not keep the first admin from being made; one who has the
+/// name of it is told of.
+#[test]
+fn an_admin_is_made_beside_users() {
+    on_each(|mut planes| {
+        planes.control.kill();
+        planes.forget_database();
+        let file = planes.state().join("initial-admin");
+        std::fs::remove_file(&file).unwrap();
+        for name in ["bob", "admin"] {
+            let (done, told) = planes.command(&["user", "add", name], PASSWORD);
+            assert!(done, "{told}");
+        }
+        planes.restart_unready();
+        planes.control.await_failure();
+        assert!(planes.control.lines().contains("user add --admin"), "{}", planes.control.lines());
+        planes.sql("UPDATE users SET name = 'other' WHERE name = 'admin'");
+        planes.restart_control();
+        planes.token = planes.login("admin", &planes.admin_password()).unwrap();
+        assert_eq!(planes.must("GET", "/users", Value::Null)["total"], 3);
+    });
+}
+
+/// Control planes of one database have the same keys.
+#[test]
+fn other_keys_than_the_databases_are_refused() {
+    on_each(|mut planes| {
+        planes.control.kill();
+        for name in ["seal.key", "link-authority.key"] {
+            let path = planes.state().join(name);
+            let kept = std::fs::read(&path).unwrap();
+            std::fs::remove_file(&path).unwrap();
+            planes.restart_unready();
+            planes.control.await_failure();
+            let told = planes.control.lines();
+            assert!(told.contains(&format!("this database knows another {name}")), "{told}");
+            std::fs::write(&path, kept).unwrap();
+        }
+        // Tokens are made anew.
+        std::fs::remove_file(planes.state().join("jwt.key")).unwrap();
+        planes.restart_unready();
+        planes.control.await_line("another jwt.key");
+        planes.await_listening();
+        assert_eq!(planes.ask("GET", "/users", None).0, 401);
+        planes.token = planes.login_admin();
+        planes.control.kill();
+        planes.restart_control();
+        assert_eq!(planes.ask("GET", "/users", None).0, 200);
     });
 }
 
