@@ -1,5 +1,6 @@
 //! The load generator and the scenario runner: see `perf/README.md` for the method.
 
+mod bare;
 mod control;
 mod load;
 mod peer;
@@ -40,6 +41,9 @@ struct Cli {
     /// The control plane's database, `mysql://…` with a socket; left out: SQLite.
     #[arg(long)]
     database: Option<String>,
+    /// Be the peer `bare` on this address instead.
+    #[arg(long, hide = true)]
+    bare: Option<std::net::SocketAddr>,
     /// Rounds; medians are printed.
     #[arg(long, default_value_t = 5)]
     rounds: usize,
@@ -75,6 +79,9 @@ pub(crate) enum Scenario {
 fn main() -> anyhow::Result<()> {
     let cli = Cli::parse();
     process::raise_descriptor_limit();
+    if let Some(address) = cli.bare {
+        return bare::serve(address);
+    }
     let folder = tempfile::tempdir()?;
     if let Some(program) = &cli.control_plane {
         return control::run(program, cli.database.as_deref(), cli.rounds, folder.path());

@@ -46,12 +46,21 @@ pub(crate) enum Kind {
     Dante,
     /// microsocks, SOCKS5 with user and password.
     Microsocks,
+    /// SOCKS5 on Culvert's runtime, and nothing else.
+    Bare,
 }
 
 impl Kind {
     /// Culvert and its peers.
-    pub(crate) const ALL: [Self; 6] =
-        [Self::Direct, Self::Culvert, Self::Haproxy, Self::Nginx, Self::Dante, Self::Microsocks];
+    pub(crate) const ALL: [Self; 7] = [
+        Self::Direct,
+        Self::Culvert,
+        Self::Haproxy,
+        Self::Nginx,
+        Self::Dante,
+        Self::Microsocks,
+        Self::Bare,
+    ];
 
     fn is_culvert(self) -> bool {
         matches!(self, Self::Culvert | Self::Followed | Self::Metered)
@@ -67,6 +76,7 @@ impl Kind {
             Self::Nginx => "nginx",
             Self::Dante => "dante",
             Self::Microsocks => "microsocks",
+            Self::Bare => "bare",
         }
     }
 
@@ -74,7 +84,9 @@ impl Kind {
     pub(crate) fn takes_part(self, scenario: Scenario) -> bool {
         match scenario {
             Scenario::Swap => matches!(self, Self::Culvert | Self::Followed),
-            Scenario::Idle => !matches!(self, Self::Direct | Self::Dante | Self::Microsocks),
+            Scenario::Idle => {
+                !matches!(self, Self::Direct | Self::Dante | Self::Microsocks | Self::Bare)
+            }
             _ => true,
         }
     }
@@ -83,7 +95,9 @@ impl Kind {
         match self {
             Self::Direct | Self::Haproxy | Self::Nginx => Greeting::None,
             Self::Dante => Greeting::Socks5,
-            Self::Culvert | Self::Followed | Self::Metered | Self::Microsocks => Greeting::Login,
+            Self::Culvert | Self::Followed | Self::Metered | Self::Microsocks | Self::Bare => {
+                Greeting::Login
+            }
         }
     }
 }
@@ -276,11 +290,13 @@ fn command(
              client pass {{\n from: 127.0.0.0/8 to: 127.0.0.0/8\n}}\n\
              socks pass {{\n from: 127.0.0.0/8 to: 0.0.0.0/0\n command: connect\n socksmethod: none\n protocol: tcp\n}}\n"
         ),
-        Kind::Microsocks => String::new(),
+        Kind::Microsocks | Kind::Bare => String::new(),
     };
     fs::write(&config, text)?;
+    let own = std::env::current_exe()?;
     let mut command = Command::new(match kind {
         _ if kind.is_culvert() => culvert.as_os_str(),
+        Kind::Bare => own.as_os_str(),
         Kind::Haproxy => "haproxy".as_ref(),
         Kind::Nginx => "nginx".as_ref(),
         Kind::Dante => "danted".as_ref(),
@@ -293,6 +309,7 @@ fn command(
         Kind::Dante => {
             command.arg("-f").arg(&config).arg("-p").arg(folder.join("pid")).args(["-N", "1"])
         }
+        Kind::Bare => command.arg("--bare").arg(address.to_string()),
         _ => command.args(["-i", "127.0.0.1", "-p", &port.to_string(), "-u", USER, "-P", PASSWORD]),
     };
     Ok(Some(command))

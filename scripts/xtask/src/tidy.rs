@@ -22,7 +22,7 @@ const ARROWS: &[(&str, &[&str])] = &[
         "benches",
         &["culvert", "culvert-api", "culvert-proto", "culvert-rt", "monoio", "tokio-uring"],
     ),
-    ("perf", &["culvert-api", "culvert-link", "culvert-proto"]),
+    ("perf", &["culvert-api", "culvert-link", "culvert-proto", "monoio", "io-uring"]),
     ("scripts/xtask", &[]),
 ];
 
