@@ -16,6 +16,36 @@ use crate::support::{
     target_on,
 };
 
+/// A listener of both families knows an IPv4 client by its address, and is no target by either.
+#[test]
+fn a_listener_of_both_families_is_one() {
+    let mut proxy = Setup::new()
+        .bind("[::]:0")
+        .listener("auth = ['password']")
+        .policy("allow_internal = ['127.0.0.0/8', '::1/128']\nwhitelist = ['127.0.0.0/8']")
+        .user("ann", "")
+        .start();
+    let port = proxy.address.port();
+    let [four, six] = ["127.0.0.1", "::1"].map(|ip| SocketAddr::new(ip.parse().unwrap(), port));
+    proxy.address = four;
+    let mut stream = proxy.tunnel(Some("ann"), echo());
+    ping(&mut stream).unwrap();
+    for own in [four, six] {
+        let told = proxy.socks5(Some(("ann", PASSWORD)), &Target::from(own));
+        assert_eq!(told.err(), Some(2), "{own}");
+    }
+    drop(stream);
+    let records = proxy.await_records(3);
+    assert!(
+        records
+            .iter()
+            .all(|record| { record["client"].as_str().unwrap().starts_with("127.0.0.1:") })
+    );
+    proxy.address = six;
+    // Closed before a byte is read.
+    assert_eq!(proxy.socks5(Some(("ann", PASSWORD)), &Target::from(echo())).err(), Some(254));
+}
+
 #[test]
 fn a_changed_file_is_in_force_at_once_and_a_bad_one_changes_nothing() {
     let mut proxy = Setup::new().user("ann", "").start();

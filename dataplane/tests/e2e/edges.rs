@@ -170,6 +170,45 @@ fn without_a_ring_the_node_runs_on_epoll_and_says_why() {
     }
 }
 
+/// DESIGN 3.2: each worker has a core, and a ring of its own thread's.
+#[test]
+fn workers_are_pinned_and_have_rings_of_their_own() {
+    let folder = tempfile::tempdir().unwrap();
+    let traced = folder.path().join("trace");
+    let trace =
+        ["strace", "-f", "-qq", "-e", "trace=io_uring_setup", "-o", traced.to_str().unwrap()];
+    let proxy = Setup::new().with("[node]\nworkers = 2").through(&trace).start();
+    if std::env::var("TEST_DRIVER").is_err() {
+        let traced = fs::read_to_string(&traced).unwrap();
+        let rings: Vec<&str> = traced
+            .lines()
+            .filter(|line| line.contains("ENTRIES") || line.contains("IORING_SETUP"))
+            .collect();
+        let mut threads: Vec<&str> = Vec::new();
+        for ring in rings {
+            // An older strace has no names for the two.
+            let named = ring.contains("SINGLE_ISSUER") && ring.contains("DEFER_TASKRUN");
+            assert!(named || ring.contains("|0x3000,"), "{ring}");
+            threads.push(ring.split(' ').next().unwrap());
+        }
+        threads.dedup();
+        assert_eq!(threads.len(), 2, "{traced}");
+    }
+    let mut cores = Vec::new();
+    for task in fs::read_dir(format!("/proc/{}/task", proxy.pid())).unwrap().flatten() {
+        let read = |name: &str| fs::read_to_string(task.path().join(name)).unwrap();
+        if read("comm").starts_with("worker-") {
+            let status = read("status");
+            let (_, allowed) = status.split_once("Cpus_allowed_list:").unwrap();
+            cores.push(allowed.split_whitespace().next().unwrap().parse::<usize>().unwrap());
+        }
+    }
+    cores.sort_unstable();
+    cores.dedup();
+    let available = thread::available_parallelism().unwrap().get();
+    assert_eq!(cores.len(), available.min(2), "{cores:?}");
+}
+
 /// A kernel before 6.1, which knows neither SINGLE_ISSUER nor DEFER_TASKRUN.
 #[test]
 fn an_older_kernels_ring_is_taken_as_it_is() {

@@ -119,6 +119,47 @@ fn answers_are_shared_kept_and_forgotten() {
     assert!(more <= 4, "{more}");
 }
 
+/// A record says how long each stage took, how far the session came, and who ended it.
+#[test]
+fn a_record_tells_the_stages() {
+    let late = Duration::from_millis(120);
+    let (server, _) = name_server(Box::new(move |name, _| {
+        pause(if name == "slow.example" { late } else { Duration::ZERO });
+        vec![[127, 0, 0, 1].into()]
+    }));
+    let proxy = Setup::new()
+        .with(&format!("[dns]\nservers = ['{server}']\ntimeout = '2s'"))
+        .policy("allow_internal = ['127.0.0.0/8']\ndeny_ports = [25]")
+        .start();
+    let mut stream = proxy.connect();
+    pause(late);
+    write!(stream, "CONNECT slow.example:{} HTTP/1.1\r\nHost: x\r\n\r\n", echo().port()).unwrap();
+    stream.read_exact(&mut [0; 39]).unwrap();
+    pause(late);
+    ping(&mut stream).unwrap();
+    drop(stream);
+    let number = |record: &serde_json::Value, key: &str| record[key].as_f64().unwrap();
+    let late = late.as_secs_f64() * 1000.0;
+    let record = &proxy.await_records(1)[0];
+    let [handshake, dial, duration] =
+        ["handshake_ms", "dial_ms", "duration_ms"].map(|key| number(record, key));
+    assert!(handshake >= late && dial >= late, "{record}");
+    assert!(duration >= handshake + dial + late, "{record}");
+    let came = |record: &serde_json::Value| {
+        ["stage", "side", "end"].map(|key| record[key].as_str().unwrap().to_owned())
+    };
+    assert_eq!(came(record), ["relay", "client", "finished"], "{record}");
+    // Refused by the target, and by the policy.
+    let closed = crate::support::closed_port().port();
+    assert_eq!(proxy.socks5(None, &named("a.example", closed)).err(), Some(5));
+    // Workers' records may come in another order.
+    proxy.await_records(2);
+    assert_eq!(proxy.socks5(None, &named("a.example", 25)).err(), Some(2));
+    let records = proxy.await_records(3);
+    assert_eq!(came(&records[1]), ["dial", "upstream", "refused"], "{}", records[1]);
+    assert_eq!(came(&records[2]), ["policy", "proxy", "denied"], "{}", records[2]);
+}
+
 /// RFC 7766: an answer that does not fit is asked for by TCP.
 #[test]
 fn a_long_answer_comes_by_tcp() {

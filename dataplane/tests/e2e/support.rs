@@ -30,6 +30,7 @@ pub struct Setup {
     wrapper: Vec<String>,
     program: PathBuf,
     state: Vec<(String, Vec<u8>)>,
+    bind: String,
 }
 
 impl Setup {
@@ -42,7 +43,14 @@ impl Setup {
             wrapper: Vec::new(),
             program: env!("CARGO_BIN_EXE_culvert").into(),
             state: Vec::new(),
+            bind: "127.0.0.1:0".into(),
         }
+    }
+
+    /// Replaces the listener's address.
+    pub fn bind(mut self, bind: &str) -> Self {
+        self.bind = bind.into();
+        self
     }
 
     /// Adds top-level sections.
@@ -98,7 +106,8 @@ impl Setup {
         TestProxy::start(self)
     }
 
-    fn text(&self, state: &Path, bind: &str) -> String {
+    fn text(&self, state: &Path) -> String {
+        let bind = &self.bind;
         let driver = std::env::var("TEST_DRIVER").unwrap_or_else(|_| "auto".into());
         let node = if self.head.contains("[node]") { "" } else { "[node]\n" };
         let keys = format!("{node}state_dir = '{}'\ndriver = '{driver}'\n", state.display());
@@ -134,7 +143,7 @@ impl TestProxy {
     fn start(setup: Setup) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let config = folder.path().join("culvert.toml");
-        fs::write(&config, setup.text(folder.path(), "127.0.0.1:0")).unwrap();
+        fs::write(&config, setup.text(folder.path())).unwrap();
         for (name, bytes) in &setup.state {
             fs::write(folder.path().join(name), bytes).unwrap();
         }
@@ -228,7 +237,7 @@ impl TestProxy {
     pub fn reload(&mut self, change: impl FnOnce(Setup) -> Setup) -> String {
         let setup = std::mem::replace(&mut self.setup, Setup::new());
         self.setup = change(setup);
-        let text = self.setup.text(self.folder.path(), "127.0.0.1:0");
+        let text = self.setup.text(self.folder.path());
         self.rewrite(&text)
     }
 
