@@ -9,7 +9,7 @@ use culvert::{
     policy::{Bucket, Draft, OwnAddresses, Query, Snapshot, clock, compile},
     settings::Settings,
 };
-use culvert_api::policy::{Access, Filter, Policy, Rule, RuleAction, User, When};
+use culvert_api::policy::{Access, Filter, Policy, PortRange, Rule, RuleAction, User, When};
 use culvert_proto::{Protocol, Target};
 
 const HASH: &str = "$2b$10$C6UzMDM.H6dfI/f/IKcEeO7oc6YF/OQjL5cV6LJMVP8h3YLyYyEBe";
@@ -98,6 +98,61 @@ fn rules(c: &mut Criterion) {
     }
 }
 
+/// Rules that no index finds: each is held against the request.
+fn rules_of_kinds(c: &mut Criterion) {
+    let target = Target::parse(b"www.not-listed.example:443").expect("a target");
+    let long = format!("{}.example:443", [&*"a".repeat(60); 4].join("."));
+    let long = Target::parse(long.as_bytes()).expect("a target");
+    // As different as names are: 5,000 of up to 40 letters.
+    let mut dice = 1u64;
+    let mut roll = |below: u64| {
+        dice = dice.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+        (dice >> 33) % below
+    };
+    let mut name = || {
+        let letters: String = (0..8 + roll(32)).map(|_| (b'a' + roll(26) as u8) as char).collect();
+        Target::parse(format!("{letters}.example:443").as_bytes()).expect("a target")
+    };
+    let names: Vec<Target> = (0..5_000).map(|_| name()).collect();
+    type Condition = fn(usize) -> When;
+    let kinds: [(&str, Condition); 4] = [
+        ("ports", |i| {
+            let port = 10_000 + i as u16;
+            When { port: vec![PortRange { first: port, last: port }], ..When::default() }
+        }),
+        ("clients", |i| When {
+            client: vec![format!("198.51.{}.{}/32", i / 250, i % 250).parse().expect("a network")],
+            ..When::default()
+        }),
+        ("keywords", |i| When { domain_keyword: vec![format!("word{i}")], ..When::default() }),
+        ("expressions", |i| When {
+            domain_regex: vec![format!("^ad[sv]?{i}[a-z]*\\.")],
+            ..When::default()
+        }),
+    ];
+    for (kind, when) in kinds {
+        let rule = (0..1_000).map(|i| Rule {
+            name: format!("rule{i}"),
+            when: when(i),
+            action: RuleAction::Deny,
+            ..Rule::default()
+        });
+        let (rule, user) = (rule.collect(), users(100));
+        let snapshot =
+            snapshot(&Policy { rule, user, default: Access::Allow, ..Policy::default() });
+        c.bench_function(&format!("1,000 ordered rules by {kind}, none matches"), |b| {
+            b.iter(|| judge(&snapshot, "user7", &target));
+        });
+        c.bench_function(&format!("1,000 ordered rules by {kind}, a long name"), |b| {
+            b.iter(|| judge(&snapshot, "user7", &long));
+        });
+        let mut next = names.iter().cycle();
+        c.bench_function(&format!("1,000 ordered rules by {kind}, names in turn"), |b| {
+            b.iter(|| judge(&snapshot, "user7", next.next().unwrap_or(&target)));
+        });
+    }
+}
+
 fn limiter(c: &mut Criterion) {
     let bucket = Bucket::new(1 << 40, 1 << 30);
     c.bench_function("limiter: reserve", |b| b.iter(|| black_box(bucket.reserve(16_384, clock()))));
@@ -131,5 +186,5 @@ fn compiling(c: &mut Criterion) {
     group.finish();
 }
 
-criterion_group!(benches, filters, rules, limiter, compiling);
+criterion_group!(benches, filters, rules, rules_of_kinds, limiter, compiling);
 criterion_main!(benches);

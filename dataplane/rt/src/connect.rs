@@ -71,3 +71,16 @@ fn bind_address_no_port(socket: &socket2::Socket) -> io::Result<()> {
     };
     if set == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn small_messages_are_not_held_back() {
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = listener.local_addr().unwrap();
+        let (socket, _) = start(address, ConnectOptions::default()).unwrap();
+        assert!(socket.tcp_nodelay().unwrap() && socket.nonblocking().unwrap());
+    }
+}

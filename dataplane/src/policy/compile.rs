@@ -120,6 +120,7 @@ impl Compiler {
         let rules = policy.rule.iter().enumerate();
         let rules: Box<[Rule]> =
             rules.map(|(i, rule)| self.rule(i, rule, &upstreams, &direct)).collect();
+        let given: Vec<&api::When> = policy.rule.iter().map(|rule| &rule.when).collect();
         Arc::new(Matchers {
             fingerprint,
             default: policy.default,
@@ -129,7 +130,7 @@ impl Compiler {
             allow_internal: NetSet::new(policy.allow_internal.clone()),
             black: self.filters(policy, Access::Deny),
             white: self.filters(policy, Access::Allow),
-            index: RuleIndex::new(&rules),
+            index: RuleIndex::new(&rules, &given),
             rules,
             zone: self.zone(policy),
             direct,

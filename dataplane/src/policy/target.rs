@@ -139,9 +139,14 @@ impl TargetSet {
         }
     }
 
-    /// Whether a target is in the set by its names or networks alone.
-    pub(super) fn is_listed(&self) -> bool {
-        self.keywords.is_none() && self.patterns.is_none()
+    /// Whether names are in the set by a part of them.
+    pub(super) fn has_keywords(&self) -> bool {
+        self.keywords.is_some()
+    }
+
+    /// Whether names are in the set by an expression.
+    pub(super) fn has_patterns(&self) -> bool {
+        self.patterns.is_some()
     }
 
     /// The names of the set, exact ones and those with all below them.
@@ -246,7 +251,7 @@ impl NetSet {
         matches!(self, Self::Few(nets) if nets.is_empty())
     }
 
-    fn iter(&self) -> Box<dyn Iterator<Item = IpNet> + '_> {
+    pub(super) fn iter(&self) -> Box<dyn Iterator<Item = IpNet> + '_> {
         match self {
             Self::Few(nets) => Box::new(nets.iter().copied()),
             Self::Many(nets) => Box::new(nets.iter()),

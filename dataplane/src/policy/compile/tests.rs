@@ -521,6 +521,8 @@ proptest::proptest! {
             for (key, choices) in [
                 ("domain", &names), ("domain_suffix", &names), ("cidr", &nets),
                 ("domain_keyword", &["ex", "oth", "b.a", "zzz", "test"]),
+                ("domain_regex", &["^a[.]", "t$", "(b|c)[.]", "^zzz", "EXAMPLE"]),
+                ("client", &["198.51.0.0/16", "198.51.100.7/32", "192.0.2.0/24", "::/0", "::ffff:198.51.100.0/120"]),
                 ("user", &["u0", "u1", "u2", "u3", "u0"]), ("group", &["g0", "g1", "g2", "g3", "g0"]),
                 ("port", &["1", "2", "1-3", "4", "5"]),
             ] {
@@ -539,7 +541,7 @@ proptest::proptest! {
             for address in addresses {
                 for user in [None, Some("u0"), Some("u1"), Some("u2")] {
                     let user = user.and_then(|name| snapshot.directory.find(name.as_bytes()));
-                    let client = [198, 51, 100, 7].into();
+                    let client = if user.is_some() { [198, 51, 100, 7] } else { [192, 0, 2, 1] }.into();
                     let query = Query { user, client, protocol: Protocol::Socks5, target: &target, at: NOW };
                     let address = address.map(|address| address.parse().unwrap());
                     let judged = |rule: usize| rules[rule].matches(query, address, &|| unreachable!());
