@@ -98,7 +98,7 @@ fn rules(c: &mut Criterion) {
     }
 }
 
-/// Rules that no index finds: each is held against the request.
+/// Rules by what else they may need; of these only ports are found by no index.
 fn rules_of_kinds(c: &mut Criterion) {
     let target = Target::parse(b"www.not-listed.example:443").expect("a target");
     let long = format!("{}.example:443", [&*"a".repeat(60); 4].join("."));
@@ -146,6 +146,28 @@ fn rules_of_kinds(c: &mut Criterion) {
         c.bench_function(&format!("1,000 ordered rules by {kind}, a long name"), |b| {
             b.iter(|| judge(&snapshot, "user7", &long));
         });
+        if kind == "keywords" {
+            // Which the first of all matches, if it is for this port.
+            let all = (0..1_000).map(|_| format!("word{}", 999)).collect::<Vec<_>>();
+            let rule = all.iter().map(|word| Rule {
+                when: When {
+                    domain_keyword: vec![word.clone()],
+                    port: vec![PortRange { first: 1, last: 1 }],
+                    ..When::default()
+                },
+                action: RuleAction::Deny,
+                ..Rule::default()
+            });
+            let policy =
+                Policy { rule: rule.collect(), default: Access::Allow, ..Policy::default() };
+            let snapshot = self::snapshot(&Policy { user: users(100), ..policy });
+            let target =
+                Target::parse([&*"word999.".repeat(30), "example:443"].concat().as_bytes());
+            let target = target.expect("a target");
+            c.bench_function("1,000 ordered rules by one keyword, in a name 30 times", |b| {
+                b.iter(|| judge(&snapshot, "user7", &target));
+            });
+        }
         let mut next = names.iter().cycle();
         c.bench_function(&format!("1,000 ordered rules by {kind}, names in turn"), |b| {
             b.iter(|| judge(&snapshot, "user7", next.next().unwrap_or(&target)));

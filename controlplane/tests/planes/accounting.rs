@@ -321,11 +321,18 @@ fn a_quota_is_not_overshot_by_many_sessions_on_two_nodes() {
             .each_ref()
             .map(|node| await_some("bob's tunnel", || node.tunnel("bob", echo()).ok()));
         let tunnel = |node: &Node| await_some("tunnel", || node.tunnel("ann", target).ok());
+        let mut idle = nodes
+            .each_ref()
+            .map(|node| await_some("idle tunnel", || node.tunnel("ann", echo()).ok()));
         let streams: Vec<TcpStream> = (0..50).map(|n| tunnel(&nodes[n % 2])).collect();
         let readers = streams.into_iter().map(|stream| thread::spawn(move || drink(stream)));
         let readers: Vec<_> = readers.collect();
         let received: u64 = readers.into_iter().map(|reader| reader.join().unwrap()).sum();
         assert!(received <= QUOTA, "{received}");
+        // Those who move nothing end too, wherever they are.
+        let began = Instant::now();
+        idle.iter_mut().for_each(await_cut);
+        assert!(began.elapsed() < Duration::from_secs(1), "{:?}", began.elapsed());
         await_some("all of it", || (planes.used(&id) >= QUOTA).then_some(()));
         for node in &nodes {
             await_some("refusal", || node.tunnel("ann", target).err());

@@ -771,7 +771,7 @@ fn no_change_goes_without_a_line() {
         let lines = |action: &str| {
             planes.must("GET", &format!("/logs/audit?action={action}&sort=-id"), Value::Null)
         };
-        let mut made = String::new();
+        let (mut made, mut changed) = (String::new(), Vec::new());
         for (method, path, body, action) in steps {
             let before = lines(action)["total"].as_u64().unwrap();
             let path = path.replace("{}", &made);
@@ -785,6 +785,48 @@ fn no_change_goes_without_a_line() {
             let line = &log["items"][0];
             assert_eq!((&line["actor"], &line["address"]), (&json!("admin"), &json!("127.0.0.1")));
             assert!(line["subject"].as_str().is_some(), "{line}");
+            // What was and what is, where there is either.
+            let values = [!line["old"].is_null(), !line["new"].is_null()];
+            match action.rsplit('.').next().unwrap() {
+                "create" | "add" | "import" => assert_eq!(values, [false, true], "{line}"),
+                "update" | "identity" | "revoke" | "reorder" => {
+                    assert_eq!(values, [true, true], "{line}");
+                }
+                "delete" => assert_eq!(values, [true, false], "{line}"),
+                _ => {}
+            }
+            changed.push((method.to_owned(), path));
+        }
+        // No route was forgotten: others change nothing, or are tried elsewhere.
+        let elsewhere = [
+            "/auth/login",
+            "/auth/refresh",
+            "/auth/logout",
+            "/auth/password",
+            "/auth/totp",
+            "/auth/totp/confirm",
+            "/auth/totp/remove",
+            "/users/{id}/totp",
+            "/users",
+            "/users/import",
+            "/rules/test",
+            "/filters/test",
+        ];
+        let is_of = |template: &str, path: &str| {
+            let (template, path) = (template.split('/'), path.split('/'));
+            template.clone().count() == path.clone().count()
+                && template.zip(path).all(|(named, part)| named.starts_with('{') || named == part)
+        };
+        for (template, methods) in document(&planes)["paths"].as_object().unwrap() {
+            let template = template.strip_prefix("/api/v1").unwrap_or(template);
+            for method in methods.as_object().unwrap().keys().filter(|method| *method != "get") {
+                let method = method.to_uppercase();
+                let tried =
+                    changed.iter().any(|(way, path)| *way == method && is_of(template, path));
+                let is_else = elsewhere.contains(&template)
+                    || (method == "PATCH" && template == "/users/{id}");
+                assert!(tried || is_else, "{method} {template}");
+            }
         }
         assert!(held.read(&mut [0]).is_err());
         // What a user does to what is their own is theirs.

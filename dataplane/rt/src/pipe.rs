@@ -145,4 +145,12 @@ mod tests {
         assert_eq!(Pipe::take().unwrap().read.as_raw_fd(), fd);
         b.give_back();
     }
+
+    #[test]
+    fn a_short_pipe_is_no_reason_for_ever() {
+        SHORT.set(Some(Instant::now()));
+        assert!(Pipe::take().is_none());
+        SHORT.set(Instant::now().checked_sub(SHORT_FOR));
+        assert!(Pipe::take().is_some());
+    }
 }

@@ -139,14 +139,9 @@ impl TargetSet {
         }
     }
 
-    /// Whether names are in the set by a part of them.
-    pub(super) fn has_keywords(&self) -> bool {
-        self.keywords.is_some()
-    }
-
-    /// Whether names are in the set by an expression.
-    pub(super) fn has_patterns(&self) -> bool {
-        self.patterns.is_some()
+    /// Whether a target is in the set by its names or networks alone.
+    pub(super) fn is_listed(&self) -> bool {
+        self.keywords.is_none() && self.patterns.is_none()
     }
 
     /// The names of the set, exact ones and those with all below them.

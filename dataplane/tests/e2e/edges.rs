@@ -209,6 +209,30 @@ fn workers_are_pinned_and_have_rings_of_their_own() {
     assert_eq!(cores.len(), available.min(2), "{cores:?}");
 }
 
+/// Two descriptors a session that does nothing; what that costs in memory is measured by perf.
+#[test]
+fn idle_sessions_hold_two_descriptors() {
+    let proxy = Setup::new().start();
+    // What the workers keep anyway.
+    drop(pairs(&proxy, 20));
+    proxy.await_metric("culvert_sessions_active", 0.0);
+    let before = await_some("a quiet node", || {
+        let now = proxy.descriptors();
+        pause(Duration::from_millis(200));
+        (proxy.descriptors() == now).then_some(now)
+    });
+    let mut pairs = pairs(&proxy, 500);
+    for (client, target) in &mut pairs {
+        client.write_all(b"ping").unwrap();
+        target.read_exact(&mut [0; 4]).unwrap();
+    }
+    await_some("two each", || (proxy.descriptors() == before + 2 * 500).then_some(()));
+    for (client, target) in &mut pairs {
+        target.write_all(b"pong").unwrap();
+        client.read_exact(&mut [0; 4]).unwrap();
+    }
+}
+
 /// A kernel before 6.1, which knows neither SINGLE_ISSUER nor DEFER_TASKRUN.
 #[test]
 fn an_older_kernels_ring_is_taken_as_it_is() {

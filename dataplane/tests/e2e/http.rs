@@ -7,7 +7,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use crate::support::{PATIENCE, Setup, TestProxy, closed_port, echo, ping, target};
+use crate::support::{PATIENCE, Setup, TestProxy, closed_port, echo, is_soak, ping, reset, target};
 
 /// `ann:secret`
 const LOGIN: &str = "Proxy-Authorization: Basic YW5uOnNlY3JldA==\r\n";
@@ -140,6 +140,29 @@ fn a_kept_connection_that_its_target_ends_is_closed() {
         assert_eq!(end, Ok(0));
         assert!(after < Duration::from_secs(5), "{after:?}");
     }
+}
+
+/// One that its target leaves open is closed after 30 s.
+#[test]
+fn a_kept_connection_is_closed_in_the_end() {
+    if !is_soak() {
+        return;
+    }
+    let proxy = Setup::new().start();
+    let (sender, closed) = mpsc::channel();
+    let target = target(move |mut stream| {
+        let mut head = [0; 1024];
+        assert!(stream.read(&mut head).unwrap() > 0);
+        stream.write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok").unwrap();
+        stream.set_read_timeout(Some(2 * PATIENCE)).unwrap();
+        let began = Instant::now();
+        let end = stream.read(&mut [0]).map_err(|error| error.kind());
+        let _ = sender.send((end, began.elapsed().as_secs()));
+    });
+    let mut client = proxy.connect();
+    assert!(get(&mut client, target, "/", "").ends_with("ok"));
+    let (end, after) = closed.recv_timeout(2 * PATIENCE).unwrap();
+    assert!(end == Ok(0) && (29..35).contains(&after), "{end:?} {after}");
 }
 
 /// On a connection that several clients share, a wrong login makes nobody the one before.
@@ -641,6 +664,52 @@ fn a_cut_answer_does_not_look_finished() {
     let error = stream.read_to_end(&mut text).unwrap_err();
     assert_eq!(error.kind(), std::io::ErrorKind::ConnectionReset);
     assert_eq!(proxy.await_records(1)[0]["end"], "upstream_closed");
+}
+
+/// RELIABILITY A3, where an end would be the answer's end: a reset is none, whichever way it goes.
+#[test]
+fn a_reset_is_passed_on_in_either_direction_of_an_exchange() {
+    let proxy = with_ann();
+    for framing in ["", "Transfer-Encoding: chunked\r\n"] {
+        let target = target(move |mut stream| {
+            let mut head = [0; 512];
+            let _ = stream.read(&mut head).unwrap();
+            let body = if framing.is_empty() { "half" } else { "4\r\nhalf\r\n" };
+            write!(stream, "HTTP/1.1 200 OK\r\n{framing}\r\n{body}").unwrap();
+            // Once it has arrived.
+            let _ = stream.read(&mut head).unwrap();
+            reset(stream);
+        });
+        let mut stream = proxy.connect();
+        let length = "Content-Length: 5\r\n";
+        write!(stream, "POST http://{target}/ HTTP/1.1\r\nHost: x\r\n{length}{LOGIN}\r\n").unwrap();
+        let mut text = Vec::new();
+        while !text.windows(4).any(|part| part == b"half") {
+            let mut part = [0; 512];
+            let read = stream.read(&mut part).unwrap();
+            text.extend_from_slice(&part[..read]);
+        }
+        stream.write_all(b"x").unwrap();
+        let error = stream.read_to_end(&mut text).unwrap_err();
+        assert_eq!(error.kind(), std::io::ErrorKind::ConnectionReset, "{framing}");
+    }
+    let (sender, ends) = mpsc::channel();
+    let target = target(move |mut stream| {
+        let mut head = [0; 512];
+        let _ = stream.read(&mut head).unwrap();
+        let mut body = Vec::new();
+        let _ = sender.send(stream.read_to_end(&mut body).map_err(|error| error.kind()));
+    });
+    let mut stream = proxy.connect();
+    let length = "Content-Length: 100\r\n";
+    write!(stream, "POST http://{target}/ HTTP/1.1\r\nHost: x\r\n{length}{LOGIN}\r\nhalf").unwrap();
+    proxy.await_metric("culvert_exchanges_total", 3.0);
+    reset(stream);
+    let end = ends.recv_timeout(PATIENCE).unwrap();
+    assert_eq!(end, Err(std::io::ErrorKind::ConnectionReset));
+    let records = proxy.await_records(3);
+    let ends = |end: &str| records.iter().filter(|record| record["end"] == end).count();
+    assert_eq!((ends("upstream_reset"), ends("client_reset")), (2, 1), "{records:?}");
 }
 
 #[test]
