@@ -136,6 +136,7 @@ pub async fn first_admin(store: &Store, dir: &Path) -> anyhow::Result<()> {
     let made = http::edit_user::create(edit.db(), row, None).await;
     let (_, change) = made.map_err(|problem| {
         let detail = problem.detail;
+        let _ = std::fs::remove_file(&path);
         anyhow::anyhow!("no admin {FIRST_ADMIN:?} can be made: {detail}; make one with culvert-control user add --admin")
     })?;
     edit.commit(change).await?;

@@ -299,21 +299,12 @@ impl Hub {
             Some(row) => row,
             None => self.enrol(&hello.node).await?,
         };
-        let mut change = row.clone().into_active_model();
-        change.boot = Set(hello.boot.cast_signed());
-        change.version = Set(hello.program.chars().take(64).collect());
-        change.connected = Set(true);
-        change.seen_at = Set(Some(now()));
-        change.generation = Set(hello.generation.cast_signed());
-        // Another boot's; what this one refuses it will say.
-        change.refusal = Set(String::new());
-        let mut row = change.update(self.store.db()).await?;
-        // MySQL reads it again, when it may be another boot's already.
-        (row.boot, row.generation) = (hello.boot.cast_signed(), hello.generation.cast_signed());
+        // What the database has of the boot before anything else: whose word holds when a connection is over.
+        let boot = hello.boot.cast_signed();
         let seen_at = now();
         let begun = boot::ActiveModel {
             node_id: Set(row.id),
-            boot: Set(hello.boot.cast_signed()),
+            boot: Set(boot),
             sequence: Set(-1),
             uncertain: Set(0),
             ended: Set(false),
@@ -328,11 +319,36 @@ impl Hub {
             .on_conflict(over)
             .exec_without_returning(self.store.db())
             .await?;
-        let begun = boot::Entity::find_by_id((row.id, row.boot)).one(self.store.db()).await?;
+        let row = node::Model { boot, generation: hello.generation.cast_signed(), ..row };
+        let mut node = Node { row, shown, seen_at, command: 0, taken_back: HashSet::new() };
+        match self.begin(&mut node, &hello).await {
+            Ok(()) => Ok(node),
+            Err(error) => {
+                let _ = timeout(STEP, self.disconnected(&node)).await;
+                Err(error.into())
+            }
+        }
+    }
+
+    /// Says that a node is there, and what it has been told.
+    async fn begin(&self, node: &mut Node, hello: &link::Hello) -> Result<(), DbErr> {
+        let mut change = node.row.clone().into_active_model();
+        change.boot = Set(node.row.boot);
+        change.version = Set(hello.program.chars().take(64).collect());
+        change.connected = Set(true);
+        change.seen_at = Set(Some(node.seen_at));
+        change.generation = Set(node.row.generation);
+        // Another boot's; what this one refuses it will say.
+        change.refusal = Set(String::new());
+        let row = change.update(self.store.db()).await?;
+        // MySQL reads it again, when it may be another boot's already.
+        let (boot, generation) = (node.row.boot, node.row.generation);
+        node.row = node::Model { boot, generation, ..row };
+        let begun = boot::Entity::find_by_id(node.key()).one(self.store.db()).await?;
         // What came to it, or what was asked before it began; numbers are lower in a database that was restored.
         let command = begun.map_or(0, |boot| boot.command).max(hello.command.cast_signed());
-        let command = command.min(self.last_command().await?);
-        Ok(Node { row, shown, seen_at, command, taken_back: HashSet::new() })
+        node.command = command.min(self.last_command().await?);
+        Ok(())
     }
 
     async fn enrol(&self, name: &str) -> Result<node::Model, Gone> {

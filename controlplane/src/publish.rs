@@ -13,7 +13,7 @@ use sea_orm::{
     ColumnTrait, ConnectionTrait, DbErr, EntityTrait, QueryFilter, QueryOrder, QuerySelect,
     TransactionTrait,
 };
-use tokio::sync::Mutex;
+use tokio::sync::{Mutex, Semaphore};
 
 use crate::{
     calendar::Calendar,
@@ -26,6 +26,10 @@ use crate::{
 
 /// Changed users beyond which a whole snapshot is sent.
 const DELTA_MAX: usize = 20_000;
+/// Generations whose news are kept; nodes of further ones have theirs read for each.
+const NEWS_MAX: usize = 64;
+/// News read at once: the whole, and a change.
+const READING: usize = 2;
 /// Users read by one query.
 const PART: usize = 5_000;
 
@@ -44,6 +48,8 @@ pub struct Publisher {
     store: Store,
     /// By the generation a node has; 0 is none.
     news: std::sync::Mutex<HashMap<u64, Slot>>,
+    /// Who reads: the database has others to answer.
+    reading: Semaphore,
 }
 
 /// News that are there, or read by whoever has the lock: others who come with the same generation wait for
@@ -53,7 +59,7 @@ type Slot = Arc<Mutex<Option<Arc<News>>>>;
 impl Publisher {
     /// For a database.
     pub fn new(store: Store) -> Self {
-        Self { store, news: std::sync::Mutex::default() }
+        Self { store, news: std::sync::Mutex::default(), reading: Semaphore::new(READING) }
     }
 
     /// What a node is to be told that has a generation; 0 is none.
@@ -67,7 +73,10 @@ impl Publisher {
             if let Some(news) = self.fresh(&news) {
                 return Ok(news);
             }
-            if let Some(delta) = delta(&self.store, known).await? {
+            let reading = self.reading.acquire().await;
+            let delta = delta(&self.store, known).await?;
+            drop(reading);
+            if let Some(delta) = delta {
                 let metered = delta.upserts.iter().filter(|user| user.metered).map(|user| user.id);
                 let (generation, metered) = (delta.generation, Some(metered.collect()));
                 if let Some(frame) = frame(down::Body::Delta(delta)) {
@@ -78,19 +87,21 @@ impl Publisher {
         let slot = self.slot(0);
         let mut news = slot.lock().await;
         if let Some(news) = self.fresh(&news) {
-            return Ok(news);
+            return Ok(for_node(news, known));
         }
+        let _reading = self.reading.acquire().await;
         let whole = snapshot(&self.store).await?;
         let generation = whole.generation;
-        let Some(frame) = frame(down::Body::Snapshot(whole)) else {
+        let frame = frame(down::Body::Snapshot(whole)).unwrap_or_else(|| {
             // They keep what they have.
             tracing::error!(
                 generation,
                 "users, filters and rules are more than the {FRAME_MAX} bytes that nodes take; remove some"
             );
-            return Ok(Arc::new(News { generation: known, metered: None, frame: Vec::new() }));
-        };
-        Ok(news.insert(Arc::new(News { generation, metered: None, frame })).clone())
+            Vec::new()
+        });
+        let whole = news.insert(Arc::new(News { generation, metered: None, frame }));
+        Ok(for_node(whole.clone(), known))
     }
 
     /// Where the news for a generation are, or will be. Those that nobody reads and that are old are forgotten.
@@ -100,6 +111,9 @@ impl Publisher {
             Arc::strong_count(slot) > 1
                 || slot.try_lock().is_ok_and(|news| self.fresh(&news).is_some())
         });
+        if slots.len() >= NEWS_MAX && known > 0 {
+            return Slot::default();
+        }
         slots.entry(known).or_default().clone()
     }
 
@@ -108,6 +122,14 @@ impl Publisher {
         let present = self.store.known_generation();
         news.as_ref().filter(|news| news.generation >= present).cloned()
     }
+}
+
+/// News that could not be put into a message leave a node where it is.
+fn for_node(news: Arc<News>, known: u64) -> Arc<News> {
+    if !news.frame.is_empty() {
+        return news;
+    }
+    Arc::new(News { generation: known, metered: None, frame: Vec::new() })
 }
 
 fn json(policy: &Policy) -> Vec<u8> {

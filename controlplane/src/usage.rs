@@ -29,11 +29,21 @@ const SECOND: i64 = 1_000_000;
 pub async fn begin(db: &DatabaseTransaction, period: &str, user: Option<i64>) -> Result<(), DbErr> {
     let start = Calendar::load(db).await?.start(Some(period));
     let whose = user.map_or(String::new(), |user| format!(" AND u.id = {user}"));
-    let rows = match start {
-        TOTAL => "user_usage t ON t.user_id = u.id AND t.period = 0".to_owned(),
-        _ => format!(
-            "traffic_logs t ON t.user_id = u.id AND t.at >= {start} AND t.at >= \
-             COALESCE((SELECT MAX(r.at) FROM usage_resets r WHERE r.user_id = u.id), 0)"
+    let resets =
+        |of: &str| format!("COALESCE((SELECT {of} FROM usage_resets r WHERE r.user_id = u.id), 0)");
+    let (rows, [up, down]) = match start {
+        TOTAL => (
+            "user_usage t ON t.user_id = u.id AND t.period = 0".to_owned(),
+            ["up", "down"].map(|way| {
+                resets(&format!("SUM(CASE WHEN r.period = {TOTAL} THEN r.{way} ELSE 0 END)"))
+            }),
+        ),
+        _ => (
+            format!(
+                "traffic_logs t ON t.user_id = u.id AND t.at >= {start} AND t.at >= {}",
+                resets("MAX(r.at)")
+            ),
+            ["0".to_owned(), "0".to_owned()],
         ),
     };
     let backend = db.get_database_backend();
@@ -44,7 +54,7 @@ pub async fn begin(db: &DatabaseTransaction, period: &str, user: Option<i64>) ->
     // Its locks are taken in the order of a report's: minutes, then sums.
     let sql = format!(
         "INSERT INTO user_usage (user_id, period, up, down) \
-         SELECT u.id, {start}, COALESCE(SUM(t.up), 0), COALESCE(SUM(t.down), 0) \
+         SELECT u.id, {start}, COALESCE(SUM(t.up), 0) - {up}, COALESCE(SUM(t.down), 0) - {down} \
          FROM users u LEFT JOIN {rows} \
          WHERE u.quota_bytes IS NOT NULL AND u.quota_period = '{period}'{whose} GROUP BY u.id {over}"
     );

@@ -1,8 +1,11 @@
 //! Passwords, hashed off the event loop.
 
-use std::sync::{Arc, LazyLock, OnceLock};
+use std::{
+    sync::{Arc, LazyLock, OnceLock},
+    time::Duration,
+};
 
-use tokio::sync::Semaphore;
+use tokio::{sync::Semaphore, time::timeout};
 
 use crate::auth::token::random;
 
@@ -31,10 +34,13 @@ static HASHING: LazyLock<Arc<Semaphore>> = LazyLock::new(|| {
     Arc::new(Semaphore::new((cores / 2).max(1)))
 });
 
-/// Runs what takes 50 ms of a core, on another thread and when its turn has come. Who gives up waiting
-/// leaves the queue, and the place of what runs is free when that is done.
+/// How long a turn is waited for.
+const TURN: Duration = Duration::from_secs(6);
+
+/// Runs what takes 50 ms of a core, on another thread and when its turn has come; `None` if that takes too long.
+/// Who gives up waiting leaves the queue, and the place of what runs is free when that is done.
 async fn hashing<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Option<T> {
-    let place = HASHING.clone().acquire_owned().await.ok()?;
+    let place = timeout(TURN, HASHING.clone().acquire_owned()).await.ok()?.ok()?;
     let work = move || {
         let _place = place;
         work()
@@ -42,13 +48,13 @@ async fn hashing<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -
     tokio::task::spawn_blocking(work).await.ok()
 }
 
-/// Hashes a password; 50 ms on another thread, once its turn has come.
+/// Hashes a password; 50 ms on another thread, once its turn has come; `None` if it did not.
 pub async fn hash_password(password: String) -> Option<String> {
     hashing(move || bcrypt::hash(password, COST).ok()).await.flatten()
 }
 
-/// Verifies a password; without a hash it takes as long and is wrong.
-pub async fn verify_password(password: String, hash: Option<String>) -> bool {
+/// Verifies a password; without a hash it takes as long and is wrong. `None` if its turn did not come.
+pub async fn verify_password(password: String, hash: Option<String>) -> Option<bool> {
     let verify = move || {
         let known = hash.is_some();
         static NOBODYS: OnceLock<String> = OnceLock::new();
@@ -57,7 +63,7 @@ pub async fn verify_password(password: String, hash: Option<String>) -> bool {
         let whole = password.len() <= BYTES_MAX && !password.contains('\0');
         bcrypt::verify(&password, &hash).unwrap_or(false) && known && whole
     };
-    hashing(verify).await.unwrap_or(false)
+    hashing(verify).await
 }
 
 /// A password for a first login: 100 bits.
@@ -74,19 +80,15 @@ mod tests {
     #[tokio::test]
     async fn few_are_hashed_at_once() {
         let guess = || verify_password("a guess".into(), None);
-        let mut guesses: Vec<_> =
-            (0..HASHING.available_permits() + 200).map(|_| Box::pin(guess())).collect();
+        let guesses = HASHING.available_permits() + 400;
+        let mut guesses: Vec<_> = (0..guesses).map(|_| Box::pin(guess())).collect();
         for guess in &mut guesses {
-            assert!(futures_now(guess.as_mut()).await.is_none());
+            // All of them wait after this.
+            assert!(timeout(Duration::ZERO, guess).await.is_err());
         }
         assert_eq!(HASHING.available_permits(), 0);
         drop(guesses);
-        assert!(!guess().await);
-    }
-
-    /// What a future says at once.
-    async fn futures_now<F: Future>(future: std::pin::Pin<&mut F>) -> Option<F::Output> {
-        tokio::time::timeout(std::time::Duration::ZERO, future).await.ok()
+        assert_eq!(timeout(Duration::from_secs(5), guess()).await, Ok(Some(false)));
     }
 
     #[test]

@@ -155,7 +155,7 @@ async fn log_in(app: &App, from: &extract::From, login: Login) -> Result<Granted
     // MySQL passes over spaces at the end, which the throttle does not.
     let user = found.one(app.store.db()).await?.filter(|user| user.name == login.username);
     let hash = user.as_ref().map(|user| user.password_hash.clone());
-    if !verify_password(login.password, hash).await {
+    if !verify_password(login.password, hash).await.ok_or_else(no_hash)? {
         return Err(wrong());
     }
     let user = user.filter(is_active).ok_or_else(wrong)?;
@@ -255,7 +255,10 @@ async fn password(
 ) -> Result<StatusCode> {
     check_password(&change.new_password).map_err(Problem::invalid)?;
     throttle(&app, &from, &caller.user.name)?;
-    if !verify_password(change.old_password, Some(caller.user.password_hash.clone())).await {
+    if !verify_password(change.old_password, Some(caller.user.password_hash.clone()))
+        .await
+        .ok_or_else(no_hash)?
+    {
         return Err(Problem::new(StatusCode::FORBIDDEN, "the present password is another"));
     }
     app.throttle.forgive(from.0, &caller.user.name);
@@ -268,7 +271,8 @@ async fn password(
 }
 
 pub(super) fn no_hash() -> Problem {
-    Problem::new(StatusCode::INTERNAL_SERVER_ERROR, "the password could not be hashed")
+    let detail = "too many passwords wait to be hashed; try again soon";
+    Problem::new(StatusCode::SERVICE_UNAVAILABLE, detail)
 }
 
 /// Who one is.

@@ -64,7 +64,10 @@ async fn enrol(
     Body(body): Body<Password>,
 ) -> Result<Json<Enrolment>> {
     throttle(&app, &from, &caller.user.name)?;
-    if !verify_password(body.password, Some(caller.user.password_hash.clone())).await {
+    if !verify_password(body.password, Some(caller.user.password_hash.clone()))
+        .await
+        .ok_or_else(super::auth::no_hash)?
+    {
         return Err(Problem::new(StatusCode::FORBIDDEN, "the present password is another"));
     }
     let secret = new_secret();

@@ -329,11 +329,11 @@ fn a_quota_is_not_overshot_by_many_sessions_on_two_nodes() {
         let readers: Vec<_> = readers.collect();
         let received: u64 = readers.into_iter().map(|reader| reader.join().unwrap()).sum();
         assert!(received <= QUOTA, "{received}");
+        await_some("all of it", || (planes.used(&id) >= QUOTA).then_some(()));
         // Those who move nothing end too, wherever they are.
         let began = Instant::now();
         idle.iter_mut().for_each(await_cut);
         assert!(began.elapsed() < Duration::from_secs(1), "{:?}", began.elapsed());
-        await_some("all of it", || (planes.used(&id) >= QUOTA).then_some(()));
         for node in &nodes {
             await_some("refusal", || node.tunnel("ann", target).err());
         }

@@ -504,6 +504,7 @@ fn an_admin_is_made_beside_users() {
         planes.restart_unready();
         planes.control.await_failure();
         assert!(planes.control.lines().contains("user add --admin"), "{}", planes.control.lines());
+        assert!(!file.exists());
         planes.sql("UPDATE users SET name = 'other' WHERE name = 'admin'");
         planes.restart_control();
         planes.token = planes.login("admin", &planes.admin_password()).unwrap();

@@ -363,7 +363,7 @@ fn a_node_refuses_what_it_does_not_understand() {
         program.kill();
         let node = planes.node_by("edge", &format!("connect = 'unix:{}'", way.display()));
         ping(&mut await_some("tunnel", || node.tunnel("ann", target).ok())).unwrap();
-        await_some("a refusal", || refused().then_some(()));
+        node.program.await_line("the control plane's policy is refused");
         spoils.store(false, Relaxed);
         planes.must("PATCH", "/settings", json!({ "deny_ports": [25] }));
         await_some("the default", || node.tunnel("ann", target).err());

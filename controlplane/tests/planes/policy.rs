@@ -776,6 +776,14 @@ fn quotas_begin_at_midnight_of_the_zone() {
         let used = usage();
         assert!(used["period_started"].as_str().unwrap().contains("T18:15:00"), "{used}");
         assert_eq!(used["used"], 0, "{used}");
+        let counts = |period: &str| {
+            let limits = json!({ "quota_bytes": 1_000_000, "quota_period": period });
+            planes.must("PATCH", &format!("/users/{id}"), json!({ "limits": limits }));
+            usage()["used"].as_u64().unwrap()
+        };
+        assert!(counts("total") > 0);
+        planes.must("POST", &format!("/users/{id}/usage/reset"), Value::Null);
+        assert_eq!((counts("month"), counts("total")), (0, 0));
     });
 }
 
