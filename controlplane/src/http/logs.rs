@@ -220,3 +220,32 @@ const FORMULA: [char; 6] = ['=', '+', '-', '@', '\t', '\r'];
 pub(super) fn cell(text: &str) -> String {
     if runs(text) { format!("'{text}") } else { text.into() }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// RELIABILITY D11: whatever a client calls itself or asks for, no cell runs, a row is a row, and it comes
+    /// back as it was.
+    #[test]
+    fn no_cell_is_a_formula_and_each_comes_back() {
+        let starts = ["", "'", "''", "=", "+", "-", "@", "\t", "\r", "\n", "\0", "\x1b", "\"", ","];
+        let rests =
+            ["", "=1+1", "HYPERLINK(\"http://a\")", "cmd|' /C calc'!A0", "\r\n=x", "a,\"b\"\n"];
+        let ends = ["", "'", "\r\n", "ä"];
+        let all = starts.iter().flat_map(|start| rests.iter().map(move |rest| (start, rest)));
+        let all = all.flat_map(|(start, rest)| ends.map(|end| format!("{start}{rest}{end}")));
+        let all: Vec<String> = all.collect();
+        assert!(all.len() > 200);
+        let mut writer = csv::Writer::from_writer(Vec::new());
+        for text in &all {
+            assert!(!cell(text).starts_with(FORMULA), "{text:?}");
+            writer.write_record([&cell(text), "end"]).unwrap();
+        }
+        let written = writer.into_inner().unwrap();
+        let mut reader = csv::ReaderBuilder::new().has_headers(false).from_reader(&*written);
+        let read: Vec<String> =
+            reader.records().map(|record| uncelled(record.unwrap().get(0).unwrap())).collect();
+        assert_eq!(read, all);
+    }
+}
