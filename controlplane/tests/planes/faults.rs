@@ -423,6 +423,11 @@ fn the_control_plane_is_killed_under_load() {
                 planes.control.kill();
                 pause(Duration::from_millis(wait / 2));
                 planes.restart_control();
+                let began = Instant::now();
+                await_some("the node", || {
+                    (node.metric("culvert_control_connected") == 1.0).then_some(())
+                });
+                assert!(began.elapsed() < Duration::from_secs(2), "{:?}", began.elapsed());
             }
             over.store(true, Relaxed);
         });
