@@ -229,16 +229,7 @@ impl Store {
     /// The database fails.
     pub async fn migrate(&self) -> Result<(), DbErr> {
         // Another control plane, or a command, may be about the same. A migration goes on where it was.
-        let mut attempt = 0;
-        loop {
-            attempt += 1;
-            match schema::Migrator::up(&self.db, None).await {
-                Err(error) if attempt < TRIES && is_made_by_another(&error) => {
-                    tokio::time::sleep(Duration::from_millis(5 << attempt)).await;
-                }
-                done => break done?,
-            }
-        }
+        retry_if(is_made_by_another, || schema::Migrator::up(&self.db, None)).await?;
         let head = entity::head::ActiveModel { id: Set(HEAD), generation: Set(1) };
         entity::head::Entity::insert(head)
             .on_conflict(
@@ -445,13 +436,20 @@ impl Edit<'_> {
 /// # Errors
 /// Its error, if it was another or came too often.
 pub async fn retry<T, F: Future<Output = Result<T, DbErr>>>(
+    run: impl FnMut() -> F,
+) -> Result<T, DbErr> {
+    retry_if(is_contention, run).await
+}
+
+async fn retry_if<T, F: Future<Output = Result<T, DbErr>>>(
+    passes: fn(&DbErr) -> bool,
     mut run: impl FnMut() -> F,
 ) -> Result<T, DbErr> {
     let mut attempt = 0;
     loop {
         attempt += 1;
         match run().await {
-            Err(error) if attempt < TRIES && is_contention(&error) => {
+            Err(error) if attempt < TRIES && passes(&error) => {
                 tokio::time::sleep(Duration::from_millis(5 << attempt)).await;
             }
             done => return done,

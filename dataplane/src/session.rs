@@ -183,8 +183,7 @@ impl Session {
         };
         let mut kept = None;
         loop {
-            Box::pin(self.rest(&mut kept)).await;
-            let request = match Box::pin(self.negotiate(&mut *handshake)).await {
+            let request = match Box::pin(self.negotiate(&mut *handshake, &mut kept)).await {
                 Ok(request) => request,
                 // Between two requests, silence or a farewell ends the session well.
                 Err(End {
@@ -202,17 +201,6 @@ impl Session {
                 Ok(handshake) => handshake,
                 Err(end) => return end,
             };
-        }
-    }
-
-    /// Waits for the client's next word while a connection to a target is kept, and closes that as soon as it is
-    /// of no more use.
-    async fn rest(&self, kept: &mut Option<Kept>) {
-        let Some(held) = kept.as_ref().filter(|_| self.early.borrow().is_empty()) else { return };
-        // A stop is told by the next wait.
-        let waited = self.watch.guard(either(self.client.readable(), held.spoilt())).await;
-        if matches!(waited, Ok(true)) {
-            *kept = None;
         }
     }
 

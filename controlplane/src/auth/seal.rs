@@ -3,7 +3,7 @@
 use base64::{Engine, prelude::BASE64_STANDARD_NO_PAD};
 use ring::aead::{Aad, CHACHA20_POLY1305, LessSafeKey, NONCE_LEN, Nonce, UnboundKey};
 
-use super::token::random;
+use super::token::{fingerprint, random};
 
 /// Seals and opens. Control planes of one database share the key.
 pub struct Seal {
@@ -14,8 +14,7 @@ pub struct Seal {
 impl Seal {
     /// With a key; `None` if it is shorter than 32 bytes. What is beyond them is not used.
     pub fn new(key: &[u8]) -> Option<Self> {
-        let known_by = blake3::derive_key("culvert seal.key fingerprint", key.get(..32)?);
-        let known_by = blake3::Hash::from(known_by).to_hex().to_string();
+        let known_by = fingerprint("culvert seal.key fingerprint", key.get(..32)?);
         let key = UnboundKey::new(&CHACHA20_POLY1305, key.get(..32)?).ok()?;
         Some(Self { key: LessSafeKey::new(key), known_by })
     }

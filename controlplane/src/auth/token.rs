@@ -42,6 +42,11 @@ struct Body {
     exp: i64,
 }
 
+/// What tells a key from others of its purpose, and nothing of it.
+pub(super) fn fingerprint(purpose: &str, key: &[u8]) -> String {
+    blake3::Hash::from(blake3::derive_key(purpose, key)).to_hex().to_string()
+}
+
 impl Tokens {
     /// Tokens under a key.
     pub fn new(key: &[u8], life: Duration) -> Self {
@@ -50,9 +55,8 @@ impl Tokens {
         validation.set_audience(&[AUDIENCE]);
         validation.set_required_spec_claims(&["exp", "iss", "aud", "sub"]);
         validation.leeway = 0;
-        let known_by = blake3::Hash::from(blake3::derive_key("culvert jwt.key fingerprint", key));
         Self {
-            known_by: known_by.to_hex().to_string(),
+            known_by: fingerprint("culvert jwt.key fingerprint", key),
             encoding: EncodingKey::from_secret(key),
             decoding: DecodingKey::from_secret(key),
             validation,

@@ -18,6 +18,8 @@ use crate::Socket;
 pub const PIPE_BYTES: usize = 1 << 20;
 /// Pipes one process may have, over all workers.
 pub const PIPES_MAX: usize = 48;
+/// A user who has too many pipes may have fewer after so long.
+const SHORT_FOR: Duration = Duration::from_secs(10);
 
 thread_local! {
     static FREE: RefCell<Vec<Pipe>> = const { RefCell::new(Vec::new()) };
@@ -26,8 +28,6 @@ thread_local! {
     /// When a pipe last came out short.
     static SHORT: Cell<Option<Instant>> = const { Cell::new(None) };
 }
-/// A user who has too many pipes may have fewer after so long.
-const SHORT_FOR: Duration = Duration::from_secs(10);
 
 /// Sets how many pipes the calling worker may make: its share of [`PIPES_MAX`].
 pub fn set_pipes_max(pipes: usize) {

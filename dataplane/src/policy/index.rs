@@ -42,10 +42,11 @@ pub(super) struct RuleIndex {
 impl RuleIndex {
     /// An index of rules, if there are enough of them, each with its conditions as they were given.
     pub(super) fn new(rules: &[Rule], given: &[&When]) -> Option<Self> {
-        (rules.len() > FEW).then(|| Self::of(rules, given))
+        (rules.len() > FEW).then(|| Self::of(rules, given)).flatten()
     }
 
-    fn of(rules: &[Rule], given: &[&When]) -> Self {
+    /// `None` if there are more keywords than one automaton holds: then rules are looked at one by one.
+    fn of(rules: &[Rule], given: &[&When]) -> Option<Self> {
         let mut index = Self {
             others: Vec::new(),
             names: HashMap::default(),
@@ -65,15 +66,15 @@ impl RuleIndex {
             }
             patterns.extend(when.domain_regex.iter().map(|pattern| (pattern.as_str(), number)));
         }
-        let found = AhoCorasick::new(keywords.keys());
-        // More than one automaton holds are looked for rule by rule.
-        let finds_keywords = found.is_ok();
-        index.keywords = found.ok().map(|found| (found, keywords.into_values().collect()));
+        if !keywords.is_empty() {
+            let found = AhoCorasick::new(keywords.keys()).ok()?;
+            index.keywords = Some((found, keywords.into_values().collect()));
+        }
         index.add_patterns(&patterns);
         for (number, rule) in (0..).zip(rules) {
-            index.add(number, rule, finds_keywords);
+            index.add(number, rule);
         }
-        index
+        Some(index)
     }
 
     /// One set takes so many bytes of expressions; what does not fit is halved.
@@ -91,7 +92,7 @@ impl RuleIndex {
         }
     }
 
-    fn add(&mut self, number: u32, rule: &Rule, finds_keywords: bool) {
+    fn add(&mut self, number: u32, rule: &Rule) {
         let targets = rule.targets.as_ref();
         if let Some(targets) = targets.filter(|targets| targets.is_listed()) {
             self.add_targets(number, targets);
@@ -107,7 +108,7 @@ impl RuleIndex {
             for net in clients.iter() {
                 self.clients.entry(net).or_default().push(number);
             }
-        } else if let Some(targets) = targets.filter(|_| finds_keywords) {
+        } else if let Some(targets) = targets {
             self.add_targets(number, targets);
         } else {
             self.others.push(number);

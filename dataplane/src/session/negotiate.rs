@@ -3,9 +3,9 @@
 use std::io;
 
 use culvert_proto::{Handshake, Next, Outcome, Request, http, socks4, socks5};
-use culvert_rt::Buffer;
+use culvert_rt::{Buffer, either};
 
-use super::Session;
+use super::{Kept, Session};
 use crate::end::{Cause, End, Stage};
 
 /// After a refusal: how much more of the client is read, so that the answer is not lost to a reset.
@@ -16,7 +16,7 @@ const LINGER: std::time::Duration = std::time::Duration::from_secs(1);
 impl Session {
     /// Tells the protocol from the first bytes.
     pub(super) async fn detect(&self) -> Result<Box<dyn Handshake>, End> {
-        self.receive().await?;
+        self.receive(&mut None).await?;
         let first = self.early.borrow().first().copied().unwrap_or_default();
         let protocol = culvert_proto::detect(first)
             .filter(|protocol| self.listener.protocols.contains(protocol))
@@ -32,14 +32,18 @@ impl Session {
     }
 
     /// Drives the handshake to its next request.
-    pub(super) async fn negotiate(&self, handshake: &mut dyn Handshake) -> Result<Request, End> {
+    pub(super) async fn negotiate(
+        &self,
+        handshake: &mut dyn Handshake,
+        kept: &mut Option<Kept>,
+    ) -> Result<Request, End> {
         let mut begun = self.live.exchanges() == 0;
         let mut logged_in = false;
         loop {
             match handshake.poll() {
                 Next::Read => {
                     if self.early.borrow().is_empty() {
-                        self.receive().await?;
+                        self.receive(kept).await?;
                     }
                     if !begun {
                         // A further request has begun: from now on it has a handshake's time.
@@ -89,9 +93,9 @@ impl Session {
     }
 
     /// Receives once, appending to the early bytes. Holds no buffer while it waits.
-    async fn receive(&self) -> Result<(), End> {
+    async fn receive(&self, kept: &mut Option<Kept>) -> Result<(), End> {
         loop {
-            self.handshake_wait(self.client.readable()).await?;
+            self.await_client(kept).await?;
             let mut buffer = Buffer::small();
             match self.client.receive(buffer.room()) {
                 Ok(0) => return Err(End::new(Stage::Handshake, Cause::ClientClosed)),
@@ -104,6 +108,20 @@ impl Session {
                 Err(_) => return Err(End::new(Stage::Handshake, Cause::ClientReset)),
             }
         }
+    }
+
+    /// Waits for the client's next word. A connection that is kept for its next request is closed as soon as it is
+    /// of no more use.
+    async fn await_client(&self, kept: &mut Option<Kept>) -> Result<(), End> {
+        if let Some(held) = kept {
+            // Boxed: few sessions keep one, and all wait.
+            let spoilt = Box::pin(either(self.client.readable(), held.spoilt()));
+            if !self.handshake_wait(async { Ok(spoilt.await) }).await? {
+                return Ok(());
+            }
+            *kept = None;
+        }
+        self.handshake_wait(self.client.readable()).await
     }
 
     /// Gives the early bytes to the handshake; what it does not use stays.
@@ -142,9 +160,12 @@ impl Session {
         Ok(())
     }
 
-    async fn handshake_wait(&self, ready: impl Future<Output = io::Result<()>>) -> Result<(), End> {
+    async fn handshake_wait<T>(
+        &self,
+        ready: impl Future<Output = io::Result<T>>,
+    ) -> Result<T, End> {
         match self.watch.guard(ready).await {
-            Ok(Ok(())) => Ok(()),
+            Ok(Ok(ready)) => Ok(ready),
             Ok(Err(_)) => Err(End::new(Stage::Handshake, Cause::ClientReset)),
             Err(stopped) => Err(End::new(Stage::Handshake, Cause::of_code(stopped.0))),
         }

@@ -119,15 +119,19 @@ fn a_login_is_asked_for_and_the_connection_kept() {
     assert!(!requests[0].to_ascii_lowercase().contains("proxy-"), "{}", requests[0]);
 }
 
+/// A target's first answer, after which it could give more.
+fn answer_ok(stream: &mut TcpStream) {
+    assert!(stream.read(&mut [0; 1024]).unwrap() > 0);
+    stream.write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok").unwrap();
+}
+
 /// RELIABILITY A2: a target that ends a kept connection is not left waiting for the client's next request.
 #[test]
 fn a_kept_connection_that_its_target_ends_is_closed() {
     let proxy = Setup::new().start();
     let (sender, closed) = mpsc::channel();
     let target = target(move |mut stream| {
-        let mut head = [0; 1024];
-        assert!(stream.read(&mut head).unwrap() > 0);
-        stream.write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok").unwrap();
+        answer_ok(&mut stream);
         stream.shutdown(Shutdown::Write).unwrap();
         let began = Instant::now();
         let end = stream.read(&mut [0]).map_err(|error| error.kind());
@@ -151,9 +155,7 @@ fn a_kept_connection_is_closed_in_the_end() {
     let proxy = Setup::new().start();
     let (sender, closed) = mpsc::channel();
     let target = target(move |mut stream| {
-        let mut head = [0; 1024];
-        assert!(stream.read(&mut head).unwrap() > 0);
-        stream.write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok").unwrap();
+        answer_ok(&mut stream);
         stream.set_read_timeout(Some(2 * PATIENCE)).unwrap();
         let began = Instant::now();
         let end = stream.read(&mut [0]).map_err(|error| error.kind());
