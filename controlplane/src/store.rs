@@ -219,7 +219,9 @@ impl Store {
             let made = now() - i64::try_from(connection.age.as_micros()).unwrap_or(i64::MAX);
             Box::pin(async move { Ok(made > ONLY_READ_AT.load(Relaxed)) })
         });
-        let db = Database::connect(options).await?;
+        // Of those that open a new SQLite file at once one makes its log, and the others are not kept waiting
+        // for it but turned away.
+        let db = retry_if(is_contention, || Database::connect(options.clone())).await?;
         Ok(Self { db, changed: watch::Sender::new(0) })
     }
 

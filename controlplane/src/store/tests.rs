@@ -34,12 +34,28 @@ async fn new_database(server: Option<&str>) -> (String, tempfile::TempDir) {
     (url, folder)
 }
 
+/// A file that eight make at once is opened by all of them.
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn a_new_file_may_be_opened_by_many() {
+    for _ in 0..30 {
+        let (url, _folder) = new_database(None).await;
+        let mut opened = tokio::task::JoinSet::new();
+        for _ in 0..8 {
+            let url = url.clone();
+            opened.spawn(async move { Store::connect(&url, 2).await.map(drop) });
+        }
+        for result in opened.join_all().await {
+            result.unwrap();
+        }
+    }
+}
+
 /// Control planes and commands that are first at the same time, and one that was cut short.
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
 async fn migrations_may_meet_and_go_on() {
     for server in servers() {
         let (url, _folder) = new_database(server.as_deref()).await;
-        let migrated = (0..4).map(|_| {
+        let migrated = (0..8).map(|_| {
             let url = url.clone();
             tokio::spawn(async move {
                 let store = Store::connect(&url, 2).await?;
