@@ -333,7 +333,11 @@ impl Store {
         Ok(Edit { store: self, transaction: self.lock().await?, actor })
     }
 
-    async fn lock(&self) -> Result<DatabaseTransaction, DbErr> {
+    /// Begins a transaction that holds the lock of edits.
+    ///
+    /// # Errors
+    /// The database failed, or others held the lock for too long.
+    pub async fn lock(&self) -> Result<DatabaseTransaction, DbErr> {
         let lock = format!("UPDATE head SET generation = generation WHERE id = {HEAD}");
         let begin = || async {
             let transaction = self.db.begin().await?;

@@ -82,21 +82,30 @@ pub async fn sums(db: &impl ConnectionTrait, rows: &str) -> Result<[i64; 2], DbE
 /// # Errors
 /// The database failed; nothing was applied then.
 pub async fn apply(store: &Store, node: i64, said: &link::Report) -> Result<Vec<i64>, DbErr> {
-    let apply = || async {
-        let db = store.db().begin().await?;
+    let apply = |edits: bool| async move {
+        let db = if edits { store.lock().await? } else { store.db().begin().await? };
         let spent = apply_once(&db, node, said).await?;
-        // With the sums: else nobody would be told by a control plane that is killed in between.
         let mut told = None;
         if !spent.is_empty() {
+            if !edits {
+                db.rollback().await?;
+                return Ok(None);
+            }
+            // With the sums: else nobody would be told by a control plane that is killed in between.
             let actor = Actor { name: "system:quota".into(), address: String::new() };
             let change = Change::new("user.quota_spent", format!("{spent:?}"));
             told = store.write(&db, actor, change.users(spent.iter().copied())).await?;
         }
         db.commit().await?;
         store.announce(told);
-        Ok(spent)
+        Ok(Some(spent))
     };
-    retry(apply).await
+    // What is told to nodes is an edit: their lock comes before those of sums, or an edit of sums and a report
+    // would wait for each other.
+    match retry(|| apply(false)).await? {
+        Some(spent) => Ok(spent),
+        None => Ok(retry(|| apply(true)).await?.unwrap_or_default()),
+    }
 }
 
 async fn apply_once(

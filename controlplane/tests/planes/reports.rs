@@ -7,10 +7,11 @@ use std::{
 
 use culvert_api::link;
 use culvert_control::{store::Store, usage};
+use serde_json::json;
 
 use crate::{
     database::{client, sql},
-    support::{on_server, rounds},
+    support::{Planes, on_own_server, on_server, rounds},
 };
 
 /// RELIABILITY D2: reports of many boots that are lost, repeated, late and cut short in any order add up to
@@ -167,6 +168,51 @@ fn reports_that_meet_are_all_applied_once() {
     }
 }
 
+/// How often the server has given up a transaction because two waited for each other.
+fn deadlocks(socket: &str) -> u64 {
+    let status = "SELECT variable_value FROM information_schema.global_status \
+                  WHERE variable_name = 'INNODB_DEADLOCKS'";
+    let said = client(socket, status).output().unwrap().stdout;
+    String::from_utf8(said).unwrap().trim().parse().unwrap()
+}
+
+/// A report that spends a quota and an edit of the same user's take their locks in one order.
+#[test]
+fn a_quota_is_edited_while_it_is_spent() {
+    on_own_server("", |url, socket| {
+        let planes = Planes::start(Some(url.to_owned()));
+        let id = planes.user("ann", json!({ "limits": { "quota_bytes": 1 } }));
+        let user: u64 = id.parse().unwrap();
+        let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().unwrap();
+        let store = runtime.block_on(Store::connect(url, 2)).unwrap();
+        let over = AtomicBool::new(false);
+        let reports = thread::scope(|scope| {
+            let writer = scope.spawn(|| {
+                let mut sequence = 0;
+                while !over.load(Relaxed) {
+                    sequence += 1;
+                    let usage = link::Usage { user, up: sequence, down: 0, held: None };
+                    let users = vec![usage];
+                    let report = link::Report { boot: 1, sequence, users, ..Default::default() };
+                    let spent = runtime.block_on(usage::apply(&store, 1, &report)).unwrap();
+                    assert_eq!(spent, [user as i64]);
+                }
+                sequence
+            });
+            let edit = |n: usize| {
+                let period = ["day", "week"][n % 2];
+                let limits = json!({ "limits": { "quota_bytes": 1, "quota_period": period } });
+                planes.ask("PATCH", &format!("/users/{id}"), Some(&limits))
+            };
+            let refused = (0..rounds(100, 2000)).map(edit).find(|(status, _)| *status != 200);
+            over.store(true, Relaxed);
+            assert!(refused.is_none(), "{refused:?}");
+            writer.join().unwrap()
+        });
+        assert_eq!((deadlocks(socket), planes.used(&id)), (0, reports));
+    });
+}
+
 /// RELIABILITY D10 with deadlocks of the server's own: somebody takes the same rows' locks in the other order
 /// and has so much at stake that the reports are given up.
 #[test]
@@ -189,13 +235,7 @@ fn reports_that_the_server_gives_up_are_applied_once() {
             ..Default::default()
         };
         runtime.block_on(usage::apply(&store, 1, &report(0, 1))).unwrap();
-        let deadlocks = || -> u64 {
-            let status = "SELECT variable_value FROM information_schema.global_status \
-                 WHERE variable_name = 'INNODB_DEADLOCKS'";
-            let said = client(socket, status).output().unwrap().stdout;
-            String::from_utf8(said).unwrap().trim().parse().unwrap()
-        };
-        let (before, reports) = (deadlocks(), rounds(40, 1250) as u64);
+        let (before, reports) = (deadlocks(socket), rounds(40, 1250) as u64);
         let over = AtomicBool::new(false);
         let own = thread::scope(|scope| {
             let rival = scope.spawn(|| {
@@ -228,7 +268,7 @@ fn reports_that_the_server_gives_up_are_applied_once() {
             over.store(true, Relaxed);
             rival.join().unwrap()
         });
-        let met = deadlocks() - before;
+        let met = deadlocks(socket) - before;
         assert!(met > own, "of {met} deadlocks the rival lost {own}");
         let sums = usage::sums(store.db(), "user_usage WHERE period = 0");
         let [up, down] = runtime.block_on(sums).unwrap();
