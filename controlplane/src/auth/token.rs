@@ -1,6 +1,6 @@
 //! Access tokens (JWT, HS256, 15 minutes) and refresh tokens (random, stored as a hash, used once).
 
-use std::{io::Write, os::unix::fs::OpenOptionsExt, path::Path, time::Duration};
+use std::{io::Write, path::Path, time::Duration};
 
 use base64::{Engine, prelude::BASE64_URL_SAFE_NO_PAD};
 use jsonwebtoken::{Algorithm, DecodingKey, EncodingKey, Header, Validation, decode, encode};
@@ -144,9 +144,18 @@ pub fn secret_file_with(
         Ok(_) => Err(std::io::Error::other("less than 32 bytes; delete it to make a new one")),
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
             let bytes = make()?;
-            let mut options = std::fs::OpenOptions::new();
-            options.write(true).create_new(true).mode(0o600).open(path)?.write_all(&bytes)?;
-            Ok(bytes)
+            // Whole or not there at all; of several that are first at once one makes it. Only we may read it.
+            let folder = path.parent().unwrap_or(Path::new("."));
+            let mut file = tempfile::NamedTempFile::new_in(folder)?;
+            file.write_all(&bytes)?;
+            file.as_file().sync_all()?;
+            match file.persist_noclobber(path) {
+                Ok(_) => Ok(bytes),
+                Err(lost) if lost.error.kind() == std::io::ErrorKind::AlreadyExists => {
+                    std::fs::read(path)
+                }
+                Err(lost) => Err(lost.error),
+            }
         }
         Err(error) => Err(error),
     }
@@ -155,6 +164,22 @@ pub fn secret_file_with(
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn many_that_make_a_secret_have_the_same() {
+        for _ in 0..50 {
+            let folder = tempfile::tempdir().unwrap();
+            let path = folder.path().join("a.key");
+            let secrets: Vec<Vec<u8>> = std::thread::scope(|scope| {
+                let makers: Vec<_> =
+                    (0..4).map(|_| scope.spawn(|| secret_file(&path).unwrap())).collect();
+                makers.into_iter().map(|maker| maker.join().unwrap()).collect()
+            });
+            let kept = std::fs::read(&path).unwrap();
+            assert!(kept.len() == 32 && secrets.iter().all(|secret| *secret == kept));
+            assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1);
+        }
+    }
 
     #[test]
     fn only_our_own_good_tokens_pass() {
