@@ -19,6 +19,8 @@ use tokio::{net::UnixStream, sync::mpsc};
 /// Users of a control plane, and of the swap scenario.
 pub(crate) const USERS: usize = 100_000;
 const NODES: usize = 200;
+/// How often a node tells how it is, and which sessions run.
+const HEARTBEAT: Duration = Duration::from_secs(5);
 const PASSWORD: &str = "a long password";
 /// Records of one round, and of one message.
 const RECORDS: u64 = 20_000;
@@ -177,22 +179,12 @@ impl Plane {
         let (sender, mut told) = mpsc::unbounded_channel();
         let mut nodes = Vec::new();
         for node in 0..NODES {
-            let mut peer = self.connect(&format!("node {node}"), node as u64 + 1000).await?;
+            let peer = self.connect(&format!("node {node}"), node as u64 + 1000).await?;
             let sender = sender.clone();
-            nodes.push(tokio::spawn(async move {
-                while let Ok(Down { body }) = peer.receive().await {
-                    let generation = match body {
-                        Some(down::Body::Snapshot(snapshot)) => snapshot.generation,
-                        Some(down::Body::Delta(delta)) => delta.generation,
-                        _ => continue,
-                    };
-                    let _ = sender.send(Instant::now());
-                    let applied = up::Body::Applied(link::Applied { generation });
-                    if peer.send(applied).await.is_err() {
-                        break;
-                    }
-                }
-            }));
+            // Each at a time of its own.
+            let first = tokio::time::Instant::now() + HEARTBEAT * node as u32 / NODES as u32;
+            let beat = tokio::time::interval_at(first, HEARTBEAT);
+            nodes.push(tokio::spawn(simulate(peer, beat, sender)));
         }
         for _ in 0..NODES {
             told.recv().await;
@@ -303,6 +295,46 @@ impl Plane {
 fn median(values: &mut [f64]) -> f64 {
     values.sort_by(f64::total_cmp);
     values.get(values.len() / 2).copied().unwrap_or(f64::NAN)
+}
+
+/// A node that follows, and tells how it is; when news came is told to `news`.
+async fn simulate(
+    mut peer: Peer,
+    mut beat: tokio::time::Interval,
+    news: mpsc::UnboundedSender<Instant>,
+) -> anyhow::Result<()> {
+    loop {
+        let message = tokio::select! {
+            message = peer.receive() => message?.body,
+            _ = beat.tick() => {
+                peer.send(up::Body::Heartbeat(heartbeat())).await?;
+                peer.send(up::Body::Live(live())).await?;
+                continue;
+            }
+        };
+        let generation = match message {
+            Some(down::Body::Snapshot(snapshot)) => snapshot.generation,
+            Some(down::Body::Delta(delta)) => delta.generation,
+            _ => continue,
+        };
+        let _ = news.send(Instant::now());
+        peer.send(up::Body::Applied(link::Applied { generation })).await?;
+    }
+}
+
+/// How a node is that serves.
+fn heartbeat() -> link::Heartbeat {
+    link::Heartbeat { sessions: 1, ready: true, memory: 64 << 20, ..Default::default() }
+}
+
+/// One session that runs.
+fn live() -> link::Live {
+    let json = json!({
+        "id": 1, "user": "user 7", "client": "192.0.2.7:4711",
+        "target": "www.example.com:443", "protocol": "socks5", "listener": "main",
+    });
+    let json = json.to_string().into_bytes();
+    link::Live { sessions: vec![link::LiveSession { id: 1, user: 9, json }] }
 }
 
 /// A record as nodes write it.
