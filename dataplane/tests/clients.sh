@@ -302,17 +302,17 @@ JS
     }; t node-socks node_socks
 else skip node-socks; fi
 if have node && [ -n "$CHROMIUM" ] && node -e 'require("playwright-core")' 2>/dev/null; then
-    chrome() { HOME=$D TMPDIR=$D timeout -k 5 30 node - "$AUTH" "$USR" "$PW" "$WEB" "$CHROMIUM" <<'JS'
+    chrome() { HOME=$D TMPDIR=$D timeout -k 5 150 node - "$AUTH" "$USR" "$PW" "$WEB" "$CHROMIUM" <<'JS'
 const { chromium } = require('playwright-core'), [at, username, password, web, executablePath] = process.argv.slice(2);
 (async () => {
   const b = await chromium.launch({
-    executablePath, headless: true, chromiumSandbox: false, timeout: 20000,
+    executablePath, headless: true, chromiumSandbox: false, timeout: 60000,
     proxy: { server: `http://${at}`, bypass: '<-loopback>,*.com,*.net,*.org', username, password },
     args: ['--disable-gpu', '--disable-quic', '--no-first-run', '--disable-background-networking', '--disable-component-update', '--disable-sync', '--host-resolver-rules=MAP * ~NOTFOUND , EXCLUDE 127.0.0.1'] });
   try {
     const page = await (await b.newContext()).newPage();
     for (const path of ['/one', '/two']) {
-      const r = await page.goto(`http://127.0.0.1:${web}${path}`, { timeout: 15000 }), text = await page.textContent('body');
+      const r = await page.goto(`http://127.0.0.1:${web}${path}`, { timeout: 30000 }), text = await page.textContent('body');
       if (r.status() !== 200 || text !== 'hello ' + path) throw new Error(r.status() + ' ' + text);
     }
   } finally { await b.close(); }

@@ -15,8 +15,8 @@ use base64::{Engine, prelude::BASE64_STANDARD as BASE64};
 use serde_json::{Value, json};
 
 use crate::support::{
-    Node, PASSWORD, Planes, await_cut, await_some, echo, on_each, on_server, pause, ping, rounds,
-    web,
+    Node, PASSWORD, Planes, await_cut, await_some, echo, is_soak, on_each, on_server, pause, ping,
+    rounds, web,
 };
 
 /// Moves bytes there and back in a session that ends in order; gives the bytes both ways.
@@ -72,6 +72,8 @@ fn every_byte_is_counted_once_whatever_is_killed() {
             }
         }
         await_some(&format!("{moved} bytes"), || (planes.used(&id) >= moved).then_some(()));
+        let all = format!("/logs/access?user_id={id}");
+        await_some("records", || (planes.all(&all).len() as u64 >= sessions).then_some(()));
         // What comes twice would come by now.
         pause(Duration::from_millis(1500));
         assert_eq!(planes.used(&id), moved);
@@ -300,12 +302,18 @@ pub(crate) fn source() -> SocketAddr {
 }
 
 /// What comes until the session is cut.
-pub(crate) fn drink(mut stream: TcpStream) -> u64 {
-    let (mut buffer, mut received) = (vec![0; 64 * 1024], 0);
+pub(crate) fn drink(stream: TcpStream) -> u64 {
+    drunk(stream).0
+}
+
+/// The same, and when the last bytes came, and the end.
+fn drunk(mut stream: TcpStream) -> (u64, Instant, Instant) {
+    let (mut buffer, mut received, mut last) = (vec![0; 64 * 1024], 0, Instant::now());
     while let Ok(bytes @ 1..) = stream.read(&mut buffer) {
         received += bytes as u64;
+        last = Instant::now();
     }
-    received
+    (received, last, Instant::now())
 }
 
 /// RELIABILITY D4: a quota is a quota over all sessions, workers and nodes.
@@ -325,10 +333,16 @@ fn a_quota_is_not_overshot_by_many_sessions_on_two_nodes() {
             .each_ref()
             .map(|node| await_some("idle tunnel", || node.tunnel("ann", echo()).ok()));
         let streams: Vec<TcpStream> = (0..50).map(|n| tunnel(&nodes[n % 2])).collect();
-        let readers = streams.into_iter().map(|stream| thread::spawn(move || drink(stream)));
+        let readers = streams.into_iter().map(|stream| thread::spawn(move || drunk(stream)));
         let readers: Vec<_> = readers.collect();
-        let received: u64 = readers.into_iter().map(|reader| reader.join().unwrap()).sum();
+        let drunk: Vec<_> = readers.into_iter().map(|reader| reader.join().unwrap()).collect();
+        let received: u64 = drunk.iter().map(|(received, ..)| received).sum();
         assert!(received <= QUOTA, "{received}");
+        // From the last byte that anybody gets until all are cut.
+        let last = drunk.iter().map(|(_, last, _)| last).max().unwrap();
+        let cut = drunk.iter().map(|(.., cut)| cut).max().unwrap();
+        let bound = Duration::from_millis(if is_soak() { 200 } else { 1000 });
+        assert!(cut.duration_since(*last) <= bound, "{:?}", cut.duration_since(*last));
         await_some("all of it", || (planes.used(&id) >= QUOTA).then_some(()));
         // Those who move nothing end too, wherever they are.
         let began = Instant::now();
@@ -474,7 +488,7 @@ fn a_rate_set_by_the_api_holds_over_all_sessions() {
         let limit = planes.must("POST", "/traffic/limits", limits);
         planes.user("ann", json!({ "groups": ["slow"] }));
         let received = AtomicU64::new(0);
-        let (over, mut ratios) = (AtomicBool::new(false), Vec::new());
+        let (over, mut ratios, mut reached) = (AtomicBool::new(false), Vec::new(), 0);
         let tunnel = || await_some("tunnel", || node.tunnel("ann", target).ok());
         let streams: Vec<TcpStream> = (0..6).map(|_| tunnel()).collect();
         thread::scope(|scope| {
@@ -498,14 +512,21 @@ fn a_rate_set_by_the_api_holds_over_all_sessions() {
                 );
                 // What is in the sockets comes first.
                 pause(Duration::from_millis(1500));
-                let (began, before) = (Instant::now(), received.load(Relaxed));
-                pause(Duration::from_secs(4));
-                let moved = received.load(Relaxed) - before;
-                ratios.push(moved as f64 / began.elapsed().as_secs_f64() / rate as f64);
+                // Never more. Less is also whoever was not let run: it has three tries.
+                for _ in 0..3 {
+                    let (began, before) = (Instant::now(), received.load(Relaxed));
+                    pause(Duration::from_secs(4));
+                    let moved = received.load(Relaxed) - before;
+                    ratios.push(moved as f64 / began.elapsed().as_secs_f64() / rate as f64);
+                    if ratios.last().is_some_and(|ratio| *ratio > 0.97) {
+                        reached += 1;
+                        break;
+                    }
+                }
             }
             over.store(true, Relaxed);
         });
-        assert!(ratios.iter().all(|ratio| (0.97..1.03).contains(ratio)), "{ratios:?}");
+        assert!(reached == 2 && ratios.iter().all(|ratio| *ratio < 1.03), "{ratios:?}");
     });
 }
 
@@ -581,13 +602,11 @@ fn a_node_is_killed_under_load() {
                 let is_its = |(client, bytes): &(String, u64)| match log["end"].as_str().unwrap() {
                     "crash" => (down..=down + on_its_way(log)).contains(bytes),
                     "unrecorded" => *bytes == down,
-                    _ => client == log["client"].as_str().unwrap(),
+                    // The kernel may have given a client's port again.
+                    _ => client == log["client"].as_str().unwrap() && *bytes == down,
                 };
                 match came.iter().position(is_its) {
-                    Some(index) => {
-                        let (_, bytes) = came.remove(index);
-                        assert!(log["end"] == "crash" || bytes == down, "{bytes}: {log}");
-                    }
+                    Some(index) => drop(came.remove(index)),
                     // It was cut before its client had an answer.
                     None => assert!(down == 0 && log["client"] == "", "{log}: {came:?}"),
                 }

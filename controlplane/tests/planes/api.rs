@@ -12,7 +12,9 @@ use serde_json::{Value, json};
 
 use crate::{
     accounting::transfer,
-    support::{PASSWORD, Planes, Program, await_cut, await_some, echo, is_soak, on_each, ping},
+    support::{
+        PASSWORD, Planes, Program, await_cut, await_some, echo, is_soak, on_each, ping, web,
+    },
 };
 
 /// Who may ask, whatever the answer.
@@ -286,9 +288,10 @@ fn a_refresh_token_is_good_once() {
         let login = json!({ "username": "ann", "password": PASSWORD }).to_string();
         let (_, _, answer) = post("login", &login, "none", "first");
         let cookie = answer.lines().find(|line| line.starts_with("set-cookie:")).unwrap();
-        for part in ["HttpOnly", "SameSite=Strict", "Path=/api/v1/auth"] {
-            assert!(cookie.contains(part), "{cookie}");
-        }
+        let parts: Vec<&str> = cookie.split("; ").skip(1).collect();
+        // Seven days; plain HTTP, so not `Secure`.
+        let expected = ["Path=/api/v1/auth", "HttpOnly", "SameSite=Strict", "Max-Age=604800"];
+        assert_eq!(parts, expected, "{cookie}");
         let (renewed, token, _) = post("refresh", "", "first", "second");
         assert_eq!((renewed, status(&token)), (200, 200));
         let (renewed, token, _) = post("refresh", "", "second", "third");
@@ -998,22 +1001,28 @@ fn the_server_speaks_tls_and_knows_clients_behind_proxies() {
     );
     let planes = Planes::start_with(None, &tls);
     let port = planes.api.port();
-    let curl = |more: &[&str]| {
+    let login = |user: &str, password: &str, more: &[&str]| {
         let address = format!("https://localhost:{port}/api/v1/auth/login");
         let output = Command::new("curl")
-            .args(["-s", "-o", "-", "-w", "%{http_code}", "--max-time", "10", "--resolve"])
+            .args(["-s", "-i", "-w", "%{http_code}", "--max-time", "10", "--resolve"])
             .arg(format!("localhost:{port}:127.0.0.1"))
             .arg("--cacert")
             .arg(path("cert.pem"))
             .args(["-H", "Content-Type: application/json", "-d"])
-            .arg(r#"{"username":"nobody","password":"x"}"#)
+            .arg(json!({ "username": user, "password": password }).to_string())
             .args(more)
             .arg(address)
             .output()
             .unwrap();
-        let text = String::from_utf8(output.stdout).unwrap();
+        String::from_utf8(output.stdout).unwrap()
+    };
+    let curl = |more: &[&str]| {
+        let text = login("nobody", "x", more);
         text[text.len() - 3..].to_owned()
     };
+    let answer = login("admin", &planes.admin_password(), &[]);
+    let cookie = answer.lines().find(|line| line.starts_with("set-cookie:")).unwrap();
+    assert!(cookie.contains("; Secure"), "{cookie}");
     let from = |client: &str| curl(&["-H", &format!("X-Forwarded-For: 203.0.113.200, {client}")]);
     let answers: Vec<String> = (0..11).map(|_| from("192.0.2.1")).collect();
     assert_eq!((answers[9].as_str(), answers[10].as_str()), ("401", "429"));
@@ -1061,15 +1070,53 @@ fn what_moves_is_told_as_it_happens() {
 /// RELIABILITY H8: what is secret is nowhere as it is.
 #[test]
 fn no_secret_lies_about() {
-    const CANARY: &str = "canary-7f3a91c2-secret";
     on_each(|planes| {
-        let node = planes.node("edge");
-        let id = planes.user("ann", json!({ "password": CANARY }));
-        let target = echo();
-        await_some("tunnel", || node.tunnel_with("ann", CANARY, target).ok());
-        let token = planes.login("ann", CANARY).unwrap();
-        let change = json!({ "old_password": CANARY, "new_password": format!("{CANARY}-2") });
+        let mut canaries = Vec::new();
+        let mut canary = || {
+            canaries.push(format!("canary-{}-7f3a", canaries.len()));
+            canaries.last().unwrap().clone()
+        };
+        let (node, target) = (planes.node("edge"), web(1));
+        // Passwords in every way they are set,
+        let (first, second) = (canary(), canary());
+        let id = planes.user("ann", json!({ "password": first }));
+        await_some("tunnel", || node.tunnel_with("ann", &first, target).ok());
+        let token = planes.login("ann", &first).unwrap();
+        let change = json!({ "old_password": first, "new_password": second });
         assert_eq!(planes.ask_as(&token, "POST", "/auth/password", Some(&change)).0, 204);
+        let last = canary();
+        planes.must("POST", &format!("/users/{id}/password"), json!({ "password": last }));
+        let csv = format!("name,password\nbob,{}\ncarol,{}\n", canary(), canary());
+        assert_eq!(planes.import("/api/v1/users/import", &csv).0, 201);
+        assert!(planes.command(&["user", "add", "dave"], &canary()).0);
+        assert!(planes.command(&["user", "passwd", "dave"], &canary()).0);
+        // and in those in which they are refused;
+        let refused = format!("name,password\neve,{}\nbob,{}\n", canary(), canary());
+        assert_eq!(planes.import("/api/v1/users/import", &refused).0, 409);
+        let body = json!({ "name": "a\nb", "password": canary() });
+        assert_eq!(planes.ask("POST", "/users", Some(&body)).0, 422);
+        let body = format!("{{\"name\": \"eve\", \"password\": \"{}\", oh", canary());
+        assert_eq!(planes.raw(&planes.token, "POST", "/api/v1/users", Some(&body)).0, 400);
+        assert_eq!(planes.login("ann", &canary()).err(), Some(401));
+        let change = json!({ "old_password": canary(), "new_password": canary() });
+        let token = planes.login("ann", &last).unwrap();
+        assert_eq!(planes.ask_as(&token, "POST", "/auth/password", Some(&change)).0, 403);
+        assert_eq!(planes.ask_as(&canary(), "GET", "/auth/me", None).0, 401);
+        // through the proxy too, with what is said inside.
+        assert_eq!(node.tunnel_with("ann", &canary(), target).err(), Some(255));
+        await_some("tunnel", || node.tunnel_with("ann", &last, target).ok());
+        let mut forward = |user: &str| {
+            let output = Command::new("curl")
+                .args(["-s", "-w", "%{http_code}", "-o", "/dev/null", "--max-time", "20"])
+                .args(["-x", &format!("http://{}", node.proxy), "-U", user])
+                .args(["-H", &format!("Authorization: Bearer {}", canary())])
+                .arg(format!("http://{target}/?token={}", canary()))
+                .output()
+                .unwrap();
+            String::from_utf8(output.stdout).unwrap()
+        };
+        assert_eq!(forward(&format!("ann:{last}")), "200");
+        assert_eq!(forward("ann:another one's"), "407");
         let enrolled = planes.must("POST", "/proxy/nodes", json!({ "name": "afar" }));
         let key = enrolled["identity"].as_str().unwrap().lines().nth(1).unwrap().to_owned();
         let admin = planes.admin_password();
@@ -1095,7 +1142,9 @@ fn no_secret_lies_about() {
             told.push(String::from_utf8_lossy(&line).into_owned());
         }
         told.extend([planes.control.lines(), node.program.lines()]);
-        for secret in [CANARY, &token, &key, &admin] {
+        let secrets = canaries.iter().chain([&token, &key, &admin]);
+        assert!(canaries.len() >= 20);
+        for secret in secrets {
             assert!(told.iter().all(|text| !text.contains(secret)), "{secret}");
         }
     });

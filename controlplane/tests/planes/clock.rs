@@ -79,7 +79,7 @@ fn an_expiry_that_comes_ends_the_users_sessions() {
         let (node, target) = (planes.node("edge"), echo());
         planes.user("bob", json!({}));
         let mut bobs = await_some("tunnel", || node.tunnel("bob", target).ok());
-        let expires = Clock::real() + 3;
+        let expires = Clock::real() + 5;
         let text = time::OffsetDateTime::from_unix_timestamp(expires).unwrap();
         let text = text.format(&time::format_description::well_known::Rfc3339).unwrap();
         planes.user("ann", json!({ "expires_at": text }));
@@ -87,7 +87,7 @@ fn an_expiry_that_comes_ends_the_users_sessions() {
         await_cut(&mut stream);
         let late = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap()
             - Duration::from_secs(expires.cast_unsigned());
-        assert!(late < Duration::from_millis(2000), "{late:?}");
+        assert!(late < Duration::from_secs(1), "{late:?}");
         assert_eq!(node.tunnel("ann", target).err(), Some(255));
         ping(&mut bobs).unwrap();
     });

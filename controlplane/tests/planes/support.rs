@@ -222,6 +222,11 @@ impl Gate {
                     continue;
                 }
                 let server = UnixStream::connect(&socket).unwrap();
+                let mut kept = kept.lock().unwrap();
+                // It may have been closed just now.
+                if !is_open.load(Relaxed) {
+                    continue;
+                }
                 let pairs = [(&client, &server), (&server, &client)];
                 for (from, to) in pairs {
                     let (mut from, mut to) = (from.try_clone().unwrap(), to.try_clone().unwrap());
@@ -230,7 +235,7 @@ impl Gate {
                         let _ = to.shutdown(Shutdown::Both);
                     });
                 }
-                kept.lock().unwrap().extend([client, server]);
+                kept.extend([client, server]);
             }
         });
         Self { path, open, streams }
@@ -472,6 +477,7 @@ impl Planes {
             "[node]\nname = '{name}'\nstate_dir = '{}'\n[[listener]]\nbind = '127.0.0.1:0'\n\
              [admin]\nbind = 'none'\n[timeouts]\ndrain = '{drain}'\n\
              [limits]\nsessions_per_address = 100000\nnew_sessions_per_second_per_address = 0\n\
+             [auth]\nfailures_per_address = 0\nfailures_per_user = 0\n\
              [control]\n{control}\n",
             dir.display(),
         );

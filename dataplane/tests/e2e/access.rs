@@ -239,8 +239,9 @@ fn new_sessions_and_source_addresses_are_limited() {
         .user("far", "limits = { source_addresses = ['10.0.0.0/8'] }")
         .start();
     let target = Target::from(echo());
+    let began = Instant::now();
     let served = (0..20).filter(|_| proxy.socks5(Some(("ann", PASSWORD)), &target).is_ok()).count();
-    assert!((5..=8).contains(&served), "{served}");
+    assert!((5..=most(5, began)).contains(&served), "{served}");
     assert_eq!(proxy.socks5(Some(("far", PASSWORD)), &target).err(), Some(255));
 }
 
@@ -437,12 +438,17 @@ fn new_sessions_of_the_node_and_of_an_address_are_limited() {
     let target = Target::from(echo());
     let served = |limits: &str| {
         let proxy = Setup::new().with(&format!("[limits]\n{limits}")).start();
-        (0..20).filter(|_| proxy.socks5(None, &target).is_ok()).count()
+        let began = Instant::now();
+        let served = (0..20).filter(|_| proxy.socks5(None, &target).is_ok()).count();
+        assert!((5..=most(5, began)).contains(&served), "{limits}: {served}");
     };
-    let of_node = served("new_sessions_per_second = 5\nnew_sessions_per_second_per_address = 0");
-    let of_address = served("new_sessions_per_second_per_address = 5");
-    assert!((5..=8).contains(&of_node), "{of_node}");
-    assert!((5..=8).contains(&of_address), "{of_address}");
+    served("new_sessions_per_second = 5\nnew_sessions_per_second_per_address = 0");
+    served("new_sessions_per_second_per_address = 5");
+}
+
+/// The most that a limit of so many a second can have let in since then.
+fn most(rate: usize, since: Instant) -> usize {
+    rate + (rate as f64 * since.elapsed().as_secs_f64()).ceil() as usize
 }
 
 #[test]

@@ -33,6 +33,7 @@ fn slow_handshakes_end_at_the_deadline_and_hold_up_nobody() {
         stream.write_all(&[5]).unwrap();
     }
     proxy.await_metric("culvert_sessions_active", slow.len() as f64);
+    let accepted = Instant::now();
     let each = proxy.memory().saturating_sub(before) / slow.len() as u64;
     assert!(each <= 8 * 1024, "{each} bytes a silent client");
     let mut greetings: Vec<Duration> = (0..200)
@@ -55,7 +56,7 @@ fn slow_handshakes_end_at_the_deadline_and_hold_up_nobody() {
         let age = started.elapsed();
         assert!(age > Duration::from_secs(9), "{age:?}");
     }
-    assert!(started.elapsed() < Duration::from_millis(11_500), "{:?}", started.elapsed());
+    assert!(accepted.elapsed() < Duration::from_millis(11_500), "{:?}", accepted.elapsed());
     let ended = "culvert_sessions_total{protocol=\"socks5\",end=\"handshake_timeout\"}";
     assert_eq!(proxy.metric(ended), slow.len() as f64);
 }
@@ -151,6 +152,7 @@ fn without_a_ring_the_node_runs_on_epoll_and_says_why() {
                 "strace",
                 "-f",
                 "-qq",
+                "--seccomp-bpf",
                 "-o",
                 "/dev/null",
                 "-e",
@@ -159,7 +161,7 @@ fn without_a_ring_the_node_runs_on_epoll_and_says_why() {
                 &inject,
             ])
             .start();
-        assert!(started.elapsed() < Duration::from_secs(5), "{:?}", started.elapsed());
+        assert!(started.elapsed() < Duration::from_secs(2), "{:?}", started.elapsed());
         let log = proxy.log();
         assert_eq!(log.matches("WARN").count(), 1, "{log}");
         assert!(log.contains(remedy), "{log}");
@@ -411,16 +413,16 @@ def ask(port):
     reply = stream.recv(10)
     return reply[1], time.monotonic() - began
 first = [ask(7001)[0] for _ in range(20)]
-none, seconds = ask(7001)
+refused = [ask(7001) for _ in range(5)]
 other = [ask(7002)[0] for _ in range(20)]
-print(sum(first), none, seconds <= 0.05, sum(other))
+print(sum(first), *(reply for reply, _ in refused), min(seconds for _, seconds in refused) <= 0.05, sum(other))
 ";
     let port = proxy.address.port().to_string();
     let output = namespace.command("python3").args(["-c", script, &port]).output().unwrap();
     let said = String::from_utf8_lossy(&output.stdout).into_owned();
-    assert_eq!(said.trim(), "0 1 True 0", "{}", String::from_utf8_lossy(&output.stderr));
-    let records = proxy.await_records(41);
-    assert_eq!(records.iter().filter(|record| record["end"] == "no_ports").count(), 1);
+    assert_eq!(said.trim(), "0 1 1 1 1 1 True 0", "{}", String::from_utf8_lossy(&output.stderr));
+    let records = proxy.await_records(45);
+    assert_eq!(records.iter().filter(|record| record["end"] == "no_ports").count(), 5);
 }
 
 /// RELIABILITY E9: what the network says is what the client is told.

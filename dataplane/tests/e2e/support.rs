@@ -454,9 +454,13 @@ pub fn ping(stream: &mut TcpStream) -> std::io::Result<()> {
     Ok(())
 }
 
-/// A port nobody listens on.
+/// A port nobody listens on, and nobody else is given.
 pub fn closed_port() -> SocketAddr {
-    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap()
+    let socket = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None).unwrap();
+    socket.bind(&SocketAddr::from(([127, 0, 0, 1], 0)).into()).unwrap();
+    let address = socket.local_addr().unwrap().as_socket().unwrap();
+    std::mem::forget(socket);
+    address
 }
 
 /// A target by name.
