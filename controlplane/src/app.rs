@@ -23,7 +23,7 @@ use crate::{
             access_log, audit, boot, change, command, heartbeat, node_usage, refresh, session,
             setting, traffic, user,
         },
-        may_come, now,
+        may_come, now, retry,
     },
 };
 
@@ -417,7 +417,7 @@ async fn clean(store: Store) {
         let cleaned = async {
             // Ticks of several planes lie anywhere between each other.
             match store.takes("clean", CLEAN.as_micros() as i64 / 2).await? {
-                true => clean_once(&store).await,
+                true => retry(|| clean_once(&store)).await,
                 false => Ok(()),
             }
         };

@@ -1,9 +1,9 @@
 //! When days, weeks and months begin: in the zone of the settings.
 
 use jiff::{Timestamp, ToSpan, Zoned, civil::Weekday, tz::TimeZone};
-use sea_orm::{ConnectionTrait, DbErr, EntityTrait};
+use sea_orm::{ConnectionTrait, DatabaseTransaction, DbErr, EntityTrait, Statement};
 
-use crate::store::{entity::setting, now};
+use crate::store::{entity::setting, held, now};
 
 /// The setting that names the zone.
 pub const ZONE: &str = "time_zone";
@@ -25,9 +25,24 @@ impl Calendar {
     /// The database fails.
     pub async fn load(db: &impl ConnectionTrait) -> Result<Self, DbErr> {
         let row = setting::Entity::find_by_id(ZONE).one(db).await?;
-        let name = row.and_then(|row| serde_json::from_str::<String>(&row.value).ok());
-        let zone = name.and_then(|name| zone(&name)).unwrap_or(TimeZone::UTC);
-        Ok(Self::at(now(), zone))
+        Ok(Self::of(row.as_ref().map(|row| row.value.as_str())))
+    }
+
+    /// The same; nobody changes the zone until the transaction ends.
+    ///
+    /// # Errors
+    /// The database fails.
+    pub async fn hold(db: &DatabaseTransaction) -> Result<Self, DbErr> {
+        let backend = db.get_database_backend();
+        let sql = format!("SELECT value FROM settings WHERE name = '{ZONE}'{}", held(backend));
+        let row = db.query_one_raw(Statement::from_string(backend, sql)).await?;
+        let value = row.map(|row| row.try_get::<String>("", "value")).transpose()?;
+        Ok(Self::of(value.as_deref()))
+    }
+
+    fn of(setting: Option<&str>) -> Self {
+        let name = setting.and_then(|value| serde_json::from_str::<String>(value).ok());
+        Self::at(now(), name.and_then(|name| zone(&name)).unwrap_or(TimeZone::UTC))
     }
 
     /// A moment (microseconds since 1970) in a zone.

@@ -1,7 +1,11 @@
 //! The database: SQLite or MySQL/MariaDB behind the same entities.
 //!
-//! Every change of anything goes through [`Store::edit`]: one transaction that changes rows, counts the
-//! generation up if nodes are to know, and writes the audit log.
+//! Every change by a person goes through [`Store::edit`]: one transaction that changes rows, counts the
+//! generation up if nodes are to know, and writes the audit log. So does what nodes are to be told of a report;
+//! what else nodes say (sums, leases, records, sessions, heartbeats) does not.
+//!
+//! Transactions take the locks of rows in one order, or two of them would wait for each other: `head`, `boots`,
+//! `settings`, `users`, minutes (`traffic_logs`), sums (`user_usage`), `leases`; those of one table by user.
 
 pub mod entity;
 mod schema;
@@ -221,7 +225,7 @@ impl Store {
         });
         // Of those that open a new SQLite file at once one makes its log, and the others are not kept waiting
         // for it but turned away.
-        let db = retry_if(is_contention, || Database::connect(options.clone())).await?;
+        let db = retry(|| Database::connect(options.clone())).await?;
         Ok(Self { db, changed: watch::Sender::new(0) })
     }
 
@@ -333,11 +337,7 @@ impl Store {
         Ok(Edit { store: self, transaction: self.lock().await?, actor })
     }
 
-    /// Begins a transaction that holds the lock of edits.
-    ///
-    /// # Errors
-    /// The database failed, or others held the lock for too long.
-    pub async fn lock(&self) -> Result<DatabaseTransaction, DbErr> {
+    async fn lock(&self) -> Result<DatabaseTransaction, DbErr> {
         let lock = format!("UPDATE head SET generation = generation WHERE id = {HEAD}");
         let begin = || async {
             let transaction = self.db.begin().await?;
@@ -460,6 +460,16 @@ async fn retry_if<T, F: Future<Output = Result<T, DbErr>>>(
             }
             done => return done,
         }
+    }
+}
+
+/// What ends a SELECT whose rows stay as they are, and are read as they are, until the transaction ends. SQLite
+/// has one writer, who sees that anyway.
+pub fn held(backend: DatabaseBackend) -> &'static str {
+    match backend {
+        // MariaDB knows no FOR SHARE.
+        DatabaseBackend::MySql => " LOCK IN SHARE MODE",
+        _ => "",
     }
 }
 

@@ -1,11 +1,11 @@
 //! What users have moved: quota periods, and reports applied exactly once.
 
-use std::collections::{BTreeSet, HashMap, HashSet};
+use std::collections::{BTreeSet, HashMap};
 
 use culvert_api::link;
 use sea_orm::{
     ActiveModelTrait, ColumnTrait, ConnectionTrait, DatabaseBackend, DatabaseTransaction, DbErr,
-    EntityTrait, IntoActiveModel, QueryFilter, Set, Statement, TransactionTrait,
+    EntityTrait, IntoActiveModel, QueryFilter, QueryResult, Set, Statement, TransactionTrait,
     sea_query::OnConflict,
 };
 use time::OffsetDateTime;
@@ -15,48 +15,59 @@ use crate::{
     store::{
         Actor, Change, ROWS, Store,
         entity::{access_log, boot, node_usage, usage, user},
-        now, retry,
+        held, now, retry,
     },
 };
 
 const SECOND: i64 = 1_000_000;
 
-/// Begins to count for the quotas of a period, of one user or of all: what was moved in the present period
-/// is already part of it, as far as minutes are kept, and but for what was moved before the last reset.
+/// Begins to count for the quotas of a user's period or, of all users, for those of periods that depend on the
+/// zone: what was moved in the present period is already part of it, as far as minutes are kept, and but for
+/// what was moved before the last reset.
 ///
 /// # Errors
 /// The database failed.
-pub async fn begin(db: &DatabaseTransaction, period: &str, user: Option<i64>) -> Result<(), DbErr> {
-    let start = Calendar::load(db).await?.start(Some(period));
-    let whose = user.map_or(String::new(), |user| format!(" AND u.id = {user}"));
+pub async fn begin(db: &DatabaseTransaction, user: Option<(i64, &str)>) -> Result<(), DbErr> {
+    let calendar = Calendar::load(db).await?;
+    let of_zone = ["day", "week", "month"];
+    let (periods, whose) = match &user {
+        Some((id, period)) => (std::slice::from_ref(period), format!(" AND u.id = {id}")),
+        None => (&of_zone[..], String::new()),
+    };
     let resets =
         |of: &str| format!("COALESCE((SELECT {of} FROM usage_resets r WHERE r.user_id = u.id), 0)");
-    let (rows, [up, down]) = match start {
-        TOTAL => (
+    let (start, rows, [up, down]) = match periods {
+        ["total"] => (
+            TOTAL.to_string(),
             "user_usage t ON t.user_id = u.id AND t.period = 0".to_owned(),
             ["up", "down"].map(|way| {
                 resets(&format!("SUM(CASE WHEN r.period = {TOTAL} THEN r.{way} ELSE 0 END)"))
             }),
         ),
-        _ => (
-            format!(
-                "traffic_logs t ON t.user_id = u.id AND t.at >= {start} AND t.at >= {}",
+        periods => {
+            let starts = periods.iter().map(|period| (period, calendar.start(Some(period))));
+            let earliest = starts.clone().map(|(_, start)| start).min().unwrap_or_default();
+            let cases: String =
+                starts.map(|(period, start)| format!(" WHEN '{period}' THEN {start}")).collect();
+            let start = format!("CASE u.quota_period{cases} END");
+            let rows = format!(
+                "traffic_logs t ON t.user_id = u.id AND t.at >= {earliest} AND t.at >= {start} AND t.at >= {}",
                 resets("MAX(r.at)")
-            ),
-            ["0".to_owned(), "0".to_owned()],
-        ),
+            );
+            (start, rows, ["0".to_owned(), "0".to_owned()])
+        }
     };
     let backend = db.get_database_backend();
     let over = match backend {
         DatabaseBackend::MySql => "ON DUPLICATE KEY UPDATE up = VALUES(up), down = VALUES(down)",
         _ => "ON CONFLICT (user_id, period) DO UPDATE SET up = excluded.up, down = excluded.down",
     };
-    // Its locks are taken in the order of a report's: minutes, then sums.
     let sql = format!(
         "INSERT INTO user_usage (user_id, period, up, down) \
          SELECT u.id, {start}, COALESCE(SUM(t.up), 0) - {up}, COALESCE(SUM(t.down), 0) - {down} \
          FROM users u LEFT JOIN {rows} \
-         WHERE u.quota_bytes IS NOT NULL AND u.quota_period = '{period}'{whose} GROUP BY u.id {over}"
+         WHERE u.quota_bytes IS NOT NULL AND u.quota_period IN ('{}'){whose} GROUP BY u.id {over}",
+        periods.join("', '")
     );
     db.execute_raw(Statement::from_string(backend, sql)).await.map(drop)
 }
@@ -77,35 +88,34 @@ pub async fn sums(db: &impl ConnectionTrait, rows: &str) -> Result<[i64; 2], DbE
 }
 
 /// Applies a report; one that was applied before changes nothing. Nodes are told of users whose quota it
-/// spent. Returns these.
+/// spent: then it is an edit, and holds up others. Returns these users.
 ///
 /// # Errors
 /// The database failed; nothing was applied then.
 pub async fn apply(store: &Store, node: i64, said: &link::Report) -> Result<Vec<i64>, DbErr> {
-    let apply = |edits: bool| async move {
-        let db = if edits { store.lock().await? } else { store.db().begin().await? };
-        let spent = apply_once(&db, node, said).await?;
-        let mut told = None;
-        if !spent.is_empty() {
-            if !edits {
-                db.rollback().await?;
-                return Ok(None);
+    let apply = || async {
+        loop {
+            let db = store.db().begin().await?;
+            let spent = apply_once(&db, node, said).await?;
+            if spent.is_empty() {
+                db.commit().await?;
+                return Ok(spent);
             }
-            // With the sums: else nobody would be told by a control plane that is killed in between.
+            // Once more, under the lock of edits, which comes before all others.
+            db.rollback().await?;
             let actor = Actor { name: "system:quota".into(), address: String::new() };
-            let change = Change::new("user.quota_spent", format!("{spent:?}"));
-            told = store.write(&db, actor, change.users(spent.iter().copied())).await?;
+            let edit = store.edit(actor).await?;
+            let spent = apply_once(edit.db(), node, said).await?;
+            if !spent.is_empty() {
+                // With the sums: else nobody would be told by a control plane that is killed in between.
+                let change = Change::new("user.quota_spent", format!("{spent:?}"));
+                edit.commit(change.users(spent.iter().copied())).await?;
+                return Ok(spent);
+            }
+            // A quota was raised meanwhile.
         }
-        db.commit().await?;
-        store.announce(told);
-        Ok(Some(spent))
     };
-    // What is told to nodes is an edit: their lock comes before those of sums, or an edit of sums and a report
-    // would wait for each other.
-    match retry(|| apply(false)).await? {
-        Some(spent) => Ok(spent),
-        None => Ok(retry(|| apply(true)).await?.unwrap_or_default()),
-    }
+    retry(apply).await
 }
 
 async fn apply_once(
@@ -140,73 +150,84 @@ async fn apply_once(
     }
     row.update(db).await?;
 
-    // In one order, so that two control planes do not wait for each other in a circle.
     let mut users = said.users.clone();
     users.sort_by_key(|usage| usage.user);
-    let mut spent = Vec::new();
+    let calendar = Calendar::hold(db).await?;
+    let minute = now() / (60 * SECOND) * (60 * SECOND);
+    let mut quotas = HashMap::new();
+    let (mut sums, mut minutes, mut periods) = (Vec::new(), Vec::new(), Vec::new());
     for part in users.chunks(ROWS) {
-        spent.extend(apply_part(db, key, part).await?);
+        let ids: Vec<i64> = part.iter().map(|usage| usage.user.cast_signed()).collect();
+        let before: HashMap<i64, (i64, i64)> = node_usage::Entity::find()
+            .filter(node_usage::Column::NodeId.eq(node))
+            .filter(node_usage::Column::Boot.eq(key.1))
+            .filter(node_usage::Column::UserId.is_in(ids.iter().copied()))
+            .all(db)
+            .await?
+            .into_iter()
+            .map(|row| (row.user_id, (row.up, row.down)))
+            .collect();
+        quotas.extend(hold_quotas(db, &calendar, &ids).await?);
+        for usage in part {
+            let id = usage.user.cast_signed();
+            let (up, down) = (usage.up.cast_signed(), usage.down.cast_signed());
+            let (up_before, down_before) = before.get(&id).copied().unwrap_or_default();
+            // Sums of a boot only grow.
+            let (more_up, more_down) = ((up - up_before).max(0), (down - down_before).max(0));
+            if more_up == 0 && more_down == 0 {
+                continue;
+            }
+            sums.push([node, key.1, id, more_up, more_down]);
+            minutes.push([minute, id, node, more_up, more_down]);
+            periods.push([id, 0, more_up, more_down]);
+            if let Some((start, _)) = quotas.get(&id).filter(|(start, _)| *start > 0) {
+                periods.push([id, *start, more_up, more_down]);
+            }
+        }
+    }
+    // Table after table, and each by user, as whoever else changes them: nobody waits in a circle.
+    add(db, "node_usage", "node_id, boot, user_id", &sums).await?;
+    add(db, "traffic_logs", "at, user_id, node_id", &minutes).await?;
+    add(db, "user_usage", "user_id, period", &periods).await?;
+    let mut spent = Vec::new();
+    let moved: Vec<i64> =
+        sums.iter().map(|row| row[2]).filter(|id| quotas.contains_key(id)).collect();
+    for part in moved.chunks(ROWS) {
+        let used = usage::Entity::find()
+            .filter(usage::Column::UserId.is_in(part.iter().copied()))
+            .all(db)
+            .await?;
+        let is_spent = |row: &usage::Model| {
+            let quota = quotas.get(&row.user_id).filter(|(start, _)| *start == row.period);
+            quota.is_some_and(|(_, quota)| row.up + row.down >= *quota)
+        };
+        spent.extend(used.iter().filter(|row| is_spent(row)).map(|row| row.user_id));
     }
     crate::lease::told(db, key, said).await?;
     Ok(spent)
 }
 
-async fn apply_part(
+/// The quotas of those users who have one, each with the start of its period; nobody changes them until the
+/// transaction ends.
+async fn hold_quotas(
     db: &DatabaseTransaction,
-    (node, boot): (i64, i64),
-    part: &[link::Usage],
-) -> Result<Vec<i64>, DbErr> {
-    let ids: Vec<i64> = part.iter().map(|usage| usage.user.cast_signed()).collect();
-    let before: HashMap<i64, (i64, i64)> = node_usage::Entity::find()
-        .filter(node_usage::Column::NodeId.eq(node))
-        .filter(node_usage::Column::Boot.eq(boot))
-        .filter(node_usage::Column::UserId.is_in(ids.iter().copied()))
-        .all(db)
-        .await?
-        .into_iter()
-        .map(|row| (row.user_id, (row.up, row.down)))
-        .collect();
-    let calendar = Calendar::load(db).await?;
-    let quotas: HashMap<i64, (i64, i64)> = user::Entity::find()
-        .filter(user::Column::Id.is_in(ids))
-        .filter(user::Column::QuotaBytes.is_not_null())
-        .all(db)
-        .await?
-        .into_iter()
-        .filter_map(|user| {
-            let start = calendar.start(user.quota_period.as_deref());
-            Some((user.id, (start, user.quota_bytes?)))
-        })
-        .collect();
-    let minute = now() / (60 * SECOND) * (60 * SECOND);
-    let (mut sums, mut minutes, mut periods) = (Vec::new(), Vec::new(), Vec::new());
-    for usage in part {
-        let id = usage.user.cast_signed();
-        let (up, down) = (usage.up.cast_signed(), usage.down.cast_signed());
-        let (up_before, down_before) = before.get(&id).copied().unwrap_or_default();
-        // Sums of a boot only grow.
-        let (more_up, more_down) = ((up - up_before).max(0), (down - down_before).max(0));
-        if more_up == 0 && more_down == 0 {
-            continue;
-        }
-        sums.push([node, boot, id, more_up, more_down]);
-        minutes.push([minute, id, node, more_up, more_down]);
-        periods.push([id, 0, more_up, more_down]);
-        if let Some((start, _)) = quotas.get(&id).filter(|(start, _)| *start > 0) {
-            periods.push([id, *start, more_up, more_down]);
-        }
-    }
-    add(db, "node_usage", "node_id, boot, user_id", &sums).await?;
-    add(db, "traffic_logs", "at, user_id, node_id", &minutes).await?;
-    add(db, "user_usage", "user_id, period", &periods).await?;
-    let moved: HashSet<i64> = periods.iter().map(|row| row[0]).collect();
-    let moved = quotas.keys().copied().filter(|id| moved.contains(id));
-    let used = usage::Entity::find().filter(usage::Column::UserId.is_in(moved)).all(db).await?;
-    let is_spent = |row: &usage::Model| {
-        let quota = quotas.get(&row.user_id).filter(|(start, _)| *start == row.period);
-        quota.is_some_and(|(_, quota)| row.up + row.down >= *quota)
+    calendar: &Calendar,
+    ids: &[i64],
+) -> Result<Vec<(i64, (i64, i64))>, DbErr> {
+    let ids = ids.iter().map(ToString::to_string).collect::<Vec<_>>().join(",");
+    let backend = db.get_database_backend();
+    let sql = format!(
+        "SELECT id, quota_period, quota_bytes FROM users WHERE id IN ({ids}) AND quota_bytes IS NOT NULL \
+         ORDER BY id{}",
+        held(backend)
+    );
+    let rows = db.query_all_raw(Statement::from_string(backend, sql)).await?;
+    let quota = |row: &QueryResult| {
+        let period: Option<String> = row.try_get("", "quota_period")?;
+        let start = calendar.start(period.as_deref());
+        Ok((row.try_get("", "id")?, (start, row.try_get("", "quota_bytes")?)))
     };
-    Ok(used.iter().filter(|row| is_spent(row)).map(|row| row.user_id).collect())
+    rows.iter().map(quota).collect()
 }
 
 /// Adds bytes to rows, making those that are missing. All values are numbers.
@@ -216,14 +237,10 @@ async fn add<const N: usize>(
     key: &str,
     rows: &[[i64; N]],
 ) -> Result<(), DbErr> {
-    if rows.is_empty() {
-        return Ok(());
-    }
     let row = |row: &[i64; N]| {
         let values: Vec<String> = row.iter().map(ToString::to_string).collect();
         format!("({})", values.join(","))
     };
-    let values: Vec<String> = rows.iter().map(row).collect();
     let backend = db.get_database_backend();
     let over = match backend {
         DatabaseBackend::MySql => {
@@ -233,8 +250,11 @@ async fn add<const N: usize>(
             "ON CONFLICT ({key}) DO UPDATE SET up = up + excluded.up, down = down + excluded.down"
         ),
     };
-    let sql = format!("INSERT INTO {table} ({key}, up, down) VALUES {} {over}", values.join(","));
-    db.execute_raw(Statement::from_string(backend, sql)).await?;
+    for part in rows.chunks(ROWS) {
+        let values = part.iter().map(row).collect::<Vec<_>>().join(",");
+        let sql = format!("INSERT INTO {table} ({key}, up, down) VALUES {values} {over}");
+        db.execute_raw(Statement::from_string(backend, sql)).await?;
+    }
     Ok(())
 }
 

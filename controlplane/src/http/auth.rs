@@ -178,7 +178,15 @@ async fn renew(
 ) -> Result<Granted> {
     let expired = || Problem::anonymous("log in again");
     let hash = RefreshToken::hash(cookie_of(&headers).ok_or_else(expired)?);
+    let token = refresh::Entity::find_by_id(hash.clone()).one(app.store.db()).await?;
+    let token = token.ok_or_else(expired)?;
     let db = app.store.db().begin().await?;
+    // The user's lock first, as whoever makes tokens void.
+    user::Entity::update_many()
+        .col_expr(user::Column::TokenEpoch, Expr::col(user::Column::TokenEpoch))
+        .filter(user::Column::Id.eq(token.user_id))
+        .exec(&db)
+        .await?;
     // Two at once cannot both turn it.
     let turned = refresh::Entity::update_many()
         .col_expr(refresh::Column::Used, true.into())
@@ -186,7 +194,6 @@ async fn renew(
         .filter(refresh::Column::Used.eq(false))
         .exec(&db)
         .await?;
-    let token = refresh::Entity::find_by_id(hash).one(&db).await?.ok_or_else(expired)?;
     let user = user::Entity::find_by_id(token.user_id).one(&db).await?;
     let good = |user: &user::Model| {
         is_active(user) && token.epoch == user.token_epoch && token.expires_at > now()

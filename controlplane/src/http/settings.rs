@@ -210,9 +210,7 @@ async fn update(
     let mut change = Change::new("settings.update", "").old(&old).new_value(&new).policy();
     if old.time_zone != new.time_zone {
         // Periods began at other times than was counted.
-        for period in ["day", "week", "month"] {
-            crate::usage::begin(db, period, None).await?;
-        }
+        crate::usage::begin(db, None).await?;
         let metered = user::Entity::find()
             .select_only()
             .column(user::Column::Id)

@@ -119,7 +119,8 @@ async fn reset(State(app): State<App>, Admin(caller): Admin, Id(id): Id) -> Resu
     let db = edit.db();
     let user = find(db, id).await?;
     let start = Calendar::load(db).await?.start(user.quota_period.as_deref());
-    let used = usage::Entity::find_by_id((id, start)).one(db).await?;
+    // As it is now, and stays until it is taken out.
+    let used = usage::Entity::find_by_id((id, start)).lock_exclusive().one(db).await?;
     let old = used.as_ref().map_or((0, 0), |row| (row.up, row.down));
     if start > 0 && used.is_some() {
         usage::Entity::delete_by_id((id, start)).exec(db).await?;

@@ -11,7 +11,7 @@ use serde_json::json;
 
 use crate::{
     database::{client, sql},
-    support::{Planes, on_own_server, on_server, rounds},
+    support::{Over, Planes, on_own_server, on_server, rounds},
 };
 
 /// RELIABILITY D2: reports of many boots that are lost, repeated, late and cut short in any order add up to
@@ -176,40 +176,63 @@ fn deadlocks(socket: &str) -> u64 {
     String::from_utf8(said).unwrap().trim().parse().unwrap()
 }
 
-/// A report that spends a quota and an edit of the same user's take their locks in one order.
+/// Reports, and edits of the periods that they count for, take their locks in one order; whichever comes first,
+/// all that was moved is counted in the new period.
 #[test]
-fn a_quota_is_edited_while_it_is_spent() {
+fn quotas_are_edited_while_they_are_counted() {
     on_own_server("", |url, socket| {
         let planes = Planes::start(Some(url.to_owned()));
-        let id = planes.user("ann", json!({ "limits": { "quota_bytes": 1 } }));
-        let user: u64 = id.parse().unwrap();
+        // One has spent it all the time, the others never.
+        let quota = |n: usize| [1, 1_u64 << 40, 1 << 40][n];
+        let user = |n: usize| {
+            let limits = json!({ "quota_bytes": quota(n), "quota_period": "week" });
+            planes.user(["ann", "bob", "eve"][n], json!({ "limits": limits }))
+        };
+        let ids = [user(0), user(1), user(2)];
+        let users = ids.each_ref().map(|id| id.parse::<u64>().unwrap());
         let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().unwrap();
         let store = runtime.block_on(Store::connect(url, 2)).unwrap();
         let over = AtomicBool::new(false);
         let reports = thread::scope(|scope| {
-            let writer = scope.spawn(|| {
-                let mut sequence = 0;
-                while !over.load(Relaxed) {
-                    sequence += 1;
-                    let usage = link::Usage { user, up: sequence, down: 0, held: None };
-                    let users = vec![usage];
-                    let report = link::Report { boot: 1, sequence, users, ..Default::default() };
-                    let spent = runtime.block_on(usage::apply(&store, 1, &report)).unwrap();
-                    assert_eq!(spent, [user as i64]);
-                }
-                sequence
-            });
-            let edit = |n: usize| {
-                let period = ["day", "week"][n % 2];
-                let limits = json!({ "limits": { "quota_bytes": 1, "quota_period": period } });
-                planes.ask("PATCH", &format!("/users/{id}"), Some(&limits))
+            let until = Over(&over);
+            let write = |boot: u64, whose: &'static [usize]| {
+                let (over, store, runtime, ids) = (&over, &store, &runtime, &users);
+                scope.spawn(move || {
+                    let mut sequence = 0;
+                    while !over.load(Relaxed) {
+                        sequence += 1;
+                        let usage = |n: &usize| link::Usage {
+                            user: ids[*n],
+                            up: sequence,
+                            down: 0,
+                            held: None,
+                        };
+                        let users = whose.iter().map(usage).collect();
+                        let report = link::Report { boot, sequence, users, ..Default::default() };
+                        runtime.block_on(usage::apply(store, 1, &report)).unwrap();
+                    }
+                    sequence
+                })
             };
-            let refused = (0..rounds(100, 2000)).map(edit).find(|(status, _)| *status != 200);
-            over.store(true, Relaxed);
-            assert!(refused.is_none(), "{refused:?}");
-            writer.join().unwrap()
+            let writers = [write(1, &[0]), write(2, &[1, 2]), write(3, &[2, 1])];
+            for n in 0..rounds(60, 1000) {
+                let period = ["month", "week"][n % 2];
+                for (who, id) in ids.iter().enumerate().skip(n % 2) {
+                    let limits = json!({ "quota_bytes": quota(who), "quota_period": period });
+                    planes.must("PATCH", &format!("/users/{id}"), json!({ "limits": limits }));
+                }
+                let zone = ["Europe/Berlin", "UTC"][n % 2];
+                planes.must("PATCH", "/settings", json!({ "time_zone": zone }));
+            }
+            drop(until);
+            writers.map(|writer| writer.join().unwrap())
         });
-        assert_eq!((deadlocks(socket), planes.used(&id)), (0, reports));
+        assert_eq!(deadlocks(socket), 0);
+        let [first, second, third] = reports;
+        for (id, moved) in ids.iter().zip([first, second + third, second + third]) {
+            let usage = planes.must("GET", &format!("/users/{id}/usage"), serde_json::Value::Null);
+            assert_eq!((&usage["up"], &usage["used"]), (&json!(moved), &json!(moved)), "{usage}");
+        }
     });
 }
 
@@ -238,6 +261,7 @@ fn reports_that_the_server_gives_up_are_applied_once() {
         let (before, reports) = (deadlocks(socket), rounds(40, 1250) as u64);
         let over = AtomicBool::new(false);
         let own = thread::scope(|scope| {
+            let until = Over(&over);
             let rival = scope.spawn(|| {
                 let weight = "CREATE TABLE weight (n INT)";
                 sql(socket, &format!("USE {name}; {weight}"));
@@ -265,7 +289,7 @@ fn reports_that_the_server_gives_up_are_applied_once() {
                 })
                 .collect();
             writers.into_iter().for_each(|writer| runtime.block_on(writer).unwrap());
-            over.store(true, Relaxed);
+            drop(until);
             rival.join().unwrap()
         });
         let met = deadlocks(socket) - before;

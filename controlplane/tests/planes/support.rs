@@ -40,6 +40,15 @@ pub fn await_some<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> T {
     }
 }
 
+/// Says that it is over when dropped, also by a panic: whoever goes on until then is waited for.
+pub struct Over<'a>(pub &'a AtomicBool);
+
+impl Drop for Over<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Relaxed);
+    }
+}
+
 /// A program that runs; killed when dropped.
 pub struct Program {
     child: Child,

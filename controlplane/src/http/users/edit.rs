@@ -114,7 +114,7 @@ pub(super) async fn update(
     if let Some(now) = user.limits.quota_period.map(Period::name)
         && period.as_deref() != Some(now)
     {
-        crate::usage::begin(db, now, Some(id)).await?;
+        crate::usage::begin(db, Some((id, now))).await?;
     }
     keep_an_admin(db).await?;
     Ok((user, change))
@@ -142,8 +142,9 @@ pub(crate) async fn password(
     let mut row = old.clone().into_active_model();
     row.password_hash = Set(hash.to_owned());
     row.token_epoch = Set(old.token_epoch + 1);
+    let written = write(db, "user.password", old, row, None).await?;
     refresh::Entity::delete_many().filter(refresh::Column::UserId.eq(id)).exec(db).await?;
-    write(db, "user.password", old, row, None).await
+    Ok(written)
 }
 
 /// Takes a user out, with all that is only theirs.
