@@ -139,25 +139,21 @@ pub fn secret_file_with(
     path: &Path,
     make: impl FnOnce() -> std::io::Result<Vec<u8>>,
 ) -> std::io::Result<Vec<u8>> {
-    match std::fs::read(path) {
-        Ok(bytes) if bytes.len() >= 32 => Ok(bytes),
-        Ok(_) => Err(std::io::Error::other("less than 32 bytes; delete it to make a new one")),
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
-            let bytes = make()?;
-            // Whole or not there at all; of several that are first at once one makes it. Only we may read it.
-            let folder = path.parent().unwrap_or(Path::new("."));
-            let mut file = tempfile::NamedTempFile::new_in(folder)?;
-            file.write_all(&bytes)?;
-            file.as_file().sync_all()?;
-            match file.persist_noclobber(path) {
-                Ok(_) => Ok(bytes),
-                Err(lost) if lost.error.kind() == std::io::ErrorKind::AlreadyExists => {
-                    std::fs::read(path)
-                }
-                Err(lost) => Err(lost.error),
-            }
+    if !path.try_exists()? {
+        // Whole or not there at all; of several that are first at once one makes it. Only we may read it.
+        let folder = path.parent().unwrap_or(Path::new("."));
+        let mut file = tempfile::NamedTempFile::new_in(folder)?;
+        file.write_all(&make()?)?;
+        file.as_file().sync_all()?;
+        match file.persist_noclobber(path) {
+            Ok(_) => std::fs::File::open(folder)?.sync_all()?,
+            Err(lost) if lost.error.kind() == std::io::ErrorKind::AlreadyExists => {}
+            Err(lost) => return Err(lost.error),
         }
-        Err(error) => Err(error),
+    }
+    match std::fs::read(path)? {
+        bytes if bytes.len() >= 32 => Ok(bytes),
+        _ => Err(std::io::Error::other("less than 32 bytes; delete it to make a new one")),
     }
 }
 
