@@ -2,6 +2,7 @@
 //! records into the database beside a bare INSERT of the same rows.
 
 use std::{
+    convert::Infallible,
     fmt::Write as _,
     fs::File,
     io::{Read, Write},
@@ -184,10 +185,13 @@ impl Plane {
             // Each at a time of its own.
             let first = tokio::time::Instant::now() + HEARTBEAT * node as u32 / NODES as u32;
             let beat = tokio::time::interval_at(first, HEARTBEAT);
-            nodes.push(tokio::spawn(simulate(peer, beat, sender)));
+            nodes.push(tokio::spawn(async move {
+                let Err(error) = simulate(peer, beat, &sender).await;
+                let _ = sender.send(Err(error));
+            }));
         }
         for _ in 0..NODES {
-            told.recv().await;
+            told.recv().await.context("no node")??;
         }
         let mut times = Vec::new();
         for round in 0..rounds {
@@ -197,7 +201,7 @@ impl Plane {
             let answered = began.elapsed();
             let mut last = answered;
             for _ in 0..NODES {
-                let at = told.recv().await.context("no news")?;
+                let at = told.recv().await.context("no news")??;
                 last = last.max(at.duration_since(began));
             }
             times.push(last.as_secs_f64());
@@ -301,8 +305,8 @@ fn median(values: &mut [f64]) -> f64 {
 async fn simulate(
     mut peer: Peer,
     mut beat: tokio::time::Interval,
-    news: mpsc::UnboundedSender<Instant>,
-) -> anyhow::Result<()> {
+    news: &mpsc::UnboundedSender<anyhow::Result<Instant>>,
+) -> anyhow::Result<Infallible> {
     loop {
         let message = tokio::select! {
             message = peer.receive() => message?.body,
@@ -317,7 +321,7 @@ async fn simulate(
             Some(down::Body::Delta(delta)) => delta.generation,
             _ => continue,
         };
-        let _ = news.send(Instant::now());
+        let _ = news.send(Ok(Instant::now()));
         peer.send(up::Body::Applied(link::Applied { generation })).await?;
     }
 }
