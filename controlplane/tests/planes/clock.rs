@@ -13,7 +13,7 @@ use serde_json::{Value, json};
 
 use crate::{
     accounting::{drink, source, transfer},
-    support::{Planes, await_cut, await_some, echo, on_each, on_server, pause, ping},
+    support::{Over, Planes, await_cut, await_some, echo, on_each, on_server, pause, ping},
 };
 
 const HOUR: i64 = 3600;
@@ -184,6 +184,7 @@ fn clocks_step(mut planes: Planes, clock: &Clock) {
     let mut ratio = 0.0;
     let mut statuses = Vec::new();
     thread::scope(|scope| {
+        let until = Over(&over);
         scope.spawn(|| {
             let mut buffer = vec![0; 64 * 1024];
             while !over.load(Relaxed)
@@ -201,7 +202,7 @@ fn clocks_step(mut planes: Planes, clock: &Clock) {
         }
         let moved = received.load(Relaxed) - before;
         ratio = moved as f64 / began.elapsed().as_secs_f64() / RATE as f64;
-        over.store(true, Relaxed);
+        drop(until);
     });
     assert!((0.97..1.03).contains(&ratio), "{ratio}");
     // A token holds 15 minutes from when it was issued, and not before that but for a minute.

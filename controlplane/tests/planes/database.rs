@@ -20,8 +20,8 @@ use serde_json::{Value, json};
 use crate::{
     accounting::transfer,
     support::{
-        Gate, Planes, Program, address_of, await_some, echo, on_own_server, on_server, pause, ping,
-        rounds,
+        Gate, Over, Planes, Program, address_of, await_some, echo, on_own_server, on_server, pause,
+        ping, rounds,
     },
 };
 
@@ -94,6 +94,7 @@ fn killed_connections_are_told_as_such() {
         let name = url.split('?').next().unwrap().rsplit('/').next().unwrap().to_owned();
         let (over, told) = (AtomicBool::new(false), Mutex::new(BTreeMap::new()));
         thread::scope(|scope| {
+            let until = Over(&over);
             for worker in 0..3 {
                 let (planes, over, told) = (&planes, &over, &told);
                 scope.spawn(move || {
@@ -120,7 +121,7 @@ fn killed_connections_are_told_as_such() {
                 }
             }
             assert!(killed > 0);
-            over.store(true, Relaxed);
+            drop(until);
         });
         let told = told.into_inner().unwrap();
         // 409: it was made, and the answer of the commit was lost.

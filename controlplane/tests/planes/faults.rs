@@ -20,7 +20,7 @@ use serde_json::{Value, json};
 
 use crate::{
     accounting::transfer,
-    support::{Node, Planes, await_some, echo, on_each, on_server, pause, ping},
+    support::{Node, Over, Planes, await_some, echo, on_each, on_server, pause, ping},
 };
 
 /// A way between a node and the control plane on which acknowledgements are lost (with the connection, as
@@ -412,6 +412,7 @@ fn the_control_plane_is_killed_under_load() {
         let (over, moved, sessions) =
             (AtomicBool::new(false), AtomicU64::new(0), AtomicU64::new(1));
         thread::scope(|scope| {
+            let until = Over(&over);
             for size in [1, 700, 40_000, 300_000] {
                 let (node, over, moved, sessions) = (&node, &over, &moved, &sessions);
                 scope.spawn(move || {
@@ -432,7 +433,7 @@ fn the_control_plane_is_killed_under_load() {
                 });
                 assert!(began.elapsed() < Duration::from_secs(2), "{:?}", began.elapsed());
             }
-            over.store(true, Relaxed);
+            drop(until);
         });
         ping(&mut lasting).unwrap();
         let moved = moved.load(Relaxed) + 8;
@@ -577,6 +578,7 @@ fn each_of_two_control_planes_dies_and_returns_under_load() {
         }
         let (over, moved) = (AtomicBool::new(false), AtomicU64::new(0));
         thread::scope(|scope| {
+            let until = Over(&over);
             for (node, size) in [(0, 900), (0, 150_000), (1, 70), (1, 60_000)] {
                 let (node, over, moved) = (&nodes[node], &over, &moved);
                 scope.spawn(move || {
@@ -603,7 +605,7 @@ fn each_of_two_control_planes_dies_and_returns_under_load() {
                 planes[stays].must("DELETE", &format!("/online/users/{id}"), Value::Null);
                 assert!(!matches!(stream.read(&mut [0]), Ok(1..)));
             }
-            over.store(true, Relaxed);
+            drop(until);
         });
         let moved = moved.load(Relaxed);
         await_some(&format!("{moved} bytes"), || (planes[1].used(&id) >= moved).then_some(()));

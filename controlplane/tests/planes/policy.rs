@@ -16,8 +16,8 @@ use culvert_api::link::{self, encode};
 use serde_json::{Value, json};
 
 use crate::support::{
-    Node, PASSWORD, Planes, await_cut, await_some, echo, is_soak, on_each, on_server, pause, ping,
-    rounds,
+    Node, Over, PASSWORD, Planes, await_cut, await_some, echo, is_soak, on_each, on_server, pause,
+    ping, rounds,
 };
 
 fn ends_within_a_second(stream: &mut TcpStream, began: Instant) {
@@ -839,6 +839,7 @@ fn sessions_have_one_policy_while_it_changes() {
         let (over, failed) = (AtomicBool::new(false), AtomicUsize::new(0));
         let edits = rounds(400, 3000);
         thread::scope(|scope| {
+            let until = Over(&over);
             for _ in 0..4 {
                 scope.spawn(|| {
                     while !over.load(Relaxed) {
@@ -855,7 +856,7 @@ fn sessions_have_one_policy_while_it_changes() {
                 planes.must("PUT", &format!("/rules/{id}"), rule(n));
                 pause(Duration::from_millis(10 * n as u64).saturating_sub(began.elapsed()));
             }
-            over.store(true, Relaxed);
+            drop(until);
         });
         assert_eq!(failed.load(Relaxed), 0);
         // When each was decided, on which worker, by which generation, and by which rule of it.

@@ -12,7 +12,7 @@ use base64::{Engine, prelude::BASE64_STANDARD};
 use culvert_proto::Target;
 
 use crate::support::{
-    HASH, PASSWORD, PATIENCE, Setup, closed_port, echo, is_soak, named, pause, ping, rounds,
+    HASH, Over, PASSWORD, PATIENCE, Setup, closed_port, echo, is_soak, named, pause, ping, rounds,
     target_on,
 };
 
@@ -96,6 +96,7 @@ fn a_file_that_never_rests_is_read_and_a_drain_does_not_wait_for_it() {
     let text = std::fs::read_to_string(&file).unwrap();
     let over = AtomicBool::new(false);
     thread::scope(|scope| {
+        let until = Over(&over);
         scope.spawn(|| {
             while !over.load(Relaxed) {
                 std::fs::write(&file, &text).unwrap();
@@ -105,7 +106,7 @@ fn a_file_that_never_rests_is_read_and_a_drain_does_not_wait_for_it() {
         let line = proxy.await_line("configuration published");
         proxy.signal("-TERM");
         let status = proxy.await_end();
-        over.store(true, Relaxed);
+        drop(until);
         assert!(line.contains("generation=2") && status.success(), "{line} {status}");
     });
 }
@@ -534,6 +535,7 @@ fn a_flood_of_wrong_passwords_holds_up_nobody() {
     let alone = slowest(&mut relay, time);
     let over = AtomicBool::new(false);
     let (guesses, beside) = thread::scope(|scope| {
+        let until = Over(&over);
         let guessers: Vec<_> = (0..rounds(20, 60))
             .map(|guesser| {
                 let (proxy, over) = (&proxy, &over);
@@ -553,7 +555,7 @@ fn a_flood_of_wrong_passwords_holds_up_nobody() {
             })
             .collect();
         let beside = slowest(&mut relay, time);
-        over.store(true, Relaxed);
+        drop(until);
         (guessers.into_iter().map(|guesser| guesser.join().unwrap()).sum::<usize>(), beside)
     });
     assert!(guesses > 20, "{guesses}");

@@ -18,8 +18,8 @@ use culvert_proto::Target;
 use serde_json::json;
 
 use crate::support::{
-    PASSWORD, PATIENCE, Setup, TestProxy, await_some, closed_port, echo, is_soak, pause, ping,
-    rounds, target,
+    Over, PASSWORD, PATIENCE, Setup, TestProxy, await_some, closed_port, echo, is_soak, pause,
+    ping, rounds, target,
 };
 
 fn culvert(arguments: &[&str], input: &str) -> (bool, String, String) {
@@ -105,6 +105,7 @@ fn a_drain_finds_clients_in_every_state() {
     let over = AtomicBool::new(false);
     let address = proxy.address;
     let (served, last) = thread::scope(|scope| {
+        let until = Over(&over);
         let comers = scope.spawn(|| {
             let (mut served, mut last) = (0, None);
             while !over.load(Relaxed) {
@@ -140,7 +141,7 @@ fn a_drain_finds_clients_in_every_state() {
         await_some("closed doors", || TcpStream::connect(address).err());
         let closed = Instant::now();
         relays.iter_mut().for_each(|stream| ping(stream).unwrap());
-        over.store(true, Relaxed);
+        drop(until);
         let (served, last) = comers.join().unwrap();
         assert!(last.is_none_or(|last| last < closed + Duration::from_millis(100)));
         (served, last)

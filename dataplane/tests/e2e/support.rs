@@ -1,13 +1,15 @@
 //! A running node, targets and clients, with what a test does not care about left out.
 
 use std::{
+    collections::HashMap,
     fs,
-    io::{BufRead, BufReader, Read, Write},
+    io::{BufRead, BufReader, Read, Seek, SeekFrom, Write},
     net::{SocketAddr, TcpListener, TcpStream},
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
     sync::{
-        Arc, Mutex,
+        Arc, Mutex, MutexGuard,
+        atomic::{AtomicBool, Ordering::Relaxed},
         mpsc::{self, Receiver},
     },
     thread,
@@ -21,6 +23,15 @@ pub const HASH: &str = "$2b$04$EZC/nS15H.Knlay1RgXGr.HJqNiUp7R2m3MbbZPVmpzmUeaKf
 pub const PASSWORD: &str = "secret";
 /// Longer than anything a test waits for.
 pub const PATIENCE: Duration = Duration::from_secs(30);
+
+/// Says that it is over when dropped, also by a panic: whoever goes on until then is waited for.
+pub struct Over<'a>(pub &'a AtomicBool);
+
+impl Drop for Over<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Relaxed);
+    }
+}
 
 /// How a node is to be started.
 pub struct Setup {
@@ -137,6 +148,9 @@ pub struct TestProxy {
     setup: Setup,
     log: Arc<Mutex<Vec<String>>>,
     lines: Mutex<Receiver<String>>,
+    records: Mutex<Vec<serde_json::Value>>,
+    /// How far each access log was read.
+    read: Mutex<HashMap<PathBuf, u64>>,
 }
 
 impl TestProxy {
@@ -175,6 +189,8 @@ impl TestProxy {
             setup,
             log,
             lines: Mutex::new(lines),
+            records: Mutex::default(),
+            read: Mutex::default(),
         };
         let address = |line: &str| {
             let (_, rest) = line.split_once("address=").unwrap();
@@ -339,31 +355,43 @@ impl TestProxy {
 
     /// All access records so far.
     pub fn records(&self) -> Vec<serde_json::Value> {
-        self.record_lines().iter().map(|line| serde_json::from_str(line).unwrap()).collect()
+        self.read_records().clone()
     }
 
-    fn record_lines(&self) -> Vec<String> {
-        let logs = fs::read_dir(self.folder.path()).unwrap().flatten();
-        logs.filter(|entry| entry.file_name().to_string_lossy().starts_with("access.log"))
-            .flat_map(|entry| {
-                let text = fs::read_to_string(entry.path()).unwrap();
-                // What is being written is no line yet.
-                let whole = text.rfind('\n').map_or("", |end| &text[..end]);
-                whole.lines().map(str::to_owned).collect::<Vec<_>>()
-            })
-            .collect()
+    /// Reads what has come since.
+    fn read_records(&self) -> MutexGuard<'_, Vec<serde_json::Value>> {
+        let mut records = self.records.lock().unwrap();
+        let mut read = self.read.lock().unwrap();
+        for entry in fs::read_dir(self.folder.path()).unwrap().flatten() {
+            if !entry.file_name().to_string_lossy().starts_with("access.log") {
+                continue;
+            }
+            let read = read.entry(entry.path()).or_default();
+            let mut file = fs::File::open(entry.path()).unwrap();
+            file.seek(SeekFrom::Start(*read)).unwrap();
+            let mut text = String::new();
+            file.read_to_string(&mut text).unwrap();
+            // What is being written is no line yet.
+            let whole = text.rfind('\n').map_or(0, |end| end + 1);
+            *read += whole as u64;
+            records.extend(
+                text[..whole]
+                    .lines()
+                    .map(|line| serde_json::from_str::<serde_json::Value>(line).unwrap()),
+            );
+        }
+        records
     }
 
     /// Waits until there are so many access records.
     pub fn await_records(&self, count: usize) -> Vec<serde_json::Value> {
-        await_some("access records", || (self.record_lines().len() >= count).then_some(()));
+        await_some("access records", || (self.read_records().len() >= count).then_some(()));
         self.records()
     }
 
     /// Waits for a record, by its number.
     pub fn await_record(&self, number: usize) -> serde_json::Value {
-        let line = await_some("an access record", || self.record_lines().get(number).cloned());
-        serde_json::from_str(&line).unwrap()
+        await_some("an access record", || self.read_records().get(number).cloned())
     }
 
     /// Open descriptors of the node.
@@ -375,6 +403,13 @@ impl TestProxy {
     pub fn memory(&self) -> u64 {
         let statm = fs::read_to_string(format!("/proc/{}/statm", self.pid())).unwrap();
         statm.split_whitespace().nth(1).unwrap().parse::<u64>().unwrap() * 4096
+    }
+
+    /// The most memory that was ever resident, in bytes.
+    pub fn most_memory(&self) -> u64 {
+        let status = fs::read_to_string(format!("/proc/{}/status", self.pid())).unwrap();
+        let (_, most) = status.split_once("VmHWM:").unwrap();
+        most.split_whitespace().next().unwrap().parse::<u64>().unwrap() * 1024
     }
 
     /// CPU time of the node.
