@@ -58,12 +58,13 @@ const RECORDS_AHEAD: u64 = 4000;
 const QUESTIONS: usize = 16;
 /// Users whose leases are asked for at once.
 const LEASES: usize = 500;
-/// When a lease that was not granted is asked for again: another node may have given some back.
-const ASK_AGAIN: Duration = Duration::from_millis(300);
+/// When a lease that was not granted is asked for again, at the next look: another node may have given some
+/// back, or all may be spent by now.
+const ASK_AGAIN: Duration = Duration::from_millis(80);
 /// How long leases are kept without a control plane, which gives them to others after a day.
 const LEASES_KEPT: Duration = Duration::from_secs(12 * 3600);
-/// How often the spool is looked at.
-const LOOK: Duration = Duration::from_millis(200);
+/// How often the spool is looked at, and what leases are still to be asked for.
+const LOOK: Duration = Duration::from_millis(100);
 /// Sessions listed at most.
 const LIVE_MAX: usize = 10_000;
 /// The last report of a boot comes after all others, and what its ledger's file says after that.
