@@ -11,8 +11,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use culvert_api::link;
 use sea_orm::{
     ColumnTrait, ConnectionTrait, DatabaseTransaction, DbErr, EntityTrait, QueryFilter,
-    QuerySelect, QueryTrait, Set, TransactionTrait,
-    sea_query::{Expr, OnConflict},
+    QuerySelect, QueryTrait, Set, TransactionTrait, sea_query::OnConflict,
 };
 
 use crate::{
@@ -20,7 +19,7 @@ use crate::{
     store::{
         Boot, Command, ROWS, SILENT, Store,
         entity::{boot as boots, lease, node, node_usage, usage, user},
-        lately, now, retry,
+        lately, lock_users, now, retry,
     },
 };
 
@@ -162,11 +161,7 @@ type Granted = (Vec<link::Lease>, Vec<(Boot, i64)>);
 
 async fn grant_once(db: &DatabaseTransaction, boot: Boot, users: &[i64]) -> Result<Granted, DbErr> {
     // Nobody else grants of these until this is over.
-    user::Entity::update_many()
-        .col_expr(user::Column::UpdatedAt, Expr::col(user::Column::UpdatedAt))
-        .filter(user::Column::Id.is_in(users.iter().copied()))
-        .exec(db)
-        .await?;
+    lock_users(db, users.iter().copied()).await?;
     let (mut leases, mut rows, mut wanted) = (Vec::new(), Vec::new(), Vec::new());
     let known = boots::Entity::find_by_id(boot).one(db).await?;
     if known.is_some_and(|known| known.ended) {

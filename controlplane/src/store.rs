@@ -463,6 +463,21 @@ async fn retry_if<T, F: Future<Output = Result<T, DbErr>>>(
     }
 }
 
+/// Takes the locks of users: whoever else wants them waits until the transaction ends. On SQLite that is
+/// whoever writes.
+///
+/// # Errors
+/// The database failed, or others held one for too long.
+pub async fn lock_users(
+    db: &DatabaseTransaction,
+    ids: impl IntoIterator<Item = i64>,
+) -> Result<(), DbErr> {
+    use entity::user::{Column, Entity};
+    let own = Expr::col(Column::UpdatedAt);
+    let users = Entity::update_many().col_expr(Column::UpdatedAt, own);
+    users.filter(Column::Id.is_in(ids)).exec(db).await.map(drop)
+}
+
 /// What ends a SELECT whose rows stay as they are, and are read as they are, until the transaction ends. SQLite
 /// has one writer, who sees that anyway.
 pub fn held(backend: DatabaseBackend) -> &'static str {

@@ -22,7 +22,7 @@ use crate::{
     store::{
         Actor, Change,
         entity::{refresh, user},
-        now,
+        lock_users, now,
     },
 };
 
@@ -182,11 +182,7 @@ async fn renew(
     let token = token.ok_or_else(expired)?;
     let db = app.store.db().begin().await?;
     // The user's lock first, as whoever makes tokens void.
-    user::Entity::update_many()
-        .col_expr(user::Column::TokenEpoch, Expr::col(user::Column::TokenEpoch))
-        .filter(user::Column::Id.eq(token.user_id))
-        .exec(&db)
-        .await?;
+    lock_users(&db, [token.user_id]).await?;
     // Two at once cannot both turn it.
     let turned = refresh::Entity::update_many()
         .col_expr(refresh::Column::Used, true.into())

@@ -148,9 +148,15 @@ pub struct TestProxy {
     setup: Setup,
     log: Arc<Mutex<Vec<String>>>,
     lines: Mutex<Receiver<String>>,
-    records: Mutex<Vec<serde_json::Value>>,
-    /// How far each access log was read.
-    read: Mutex<HashMap<PathBuf, u64>>,
+    records: Mutex<Records>,
+}
+
+/// The access records that were read.
+#[derive(Default)]
+struct Records {
+    /// How far, of each file.
+    read: HashMap<PathBuf, u64>,
+    all: Vec<serde_json::Value>,
 }
 
 impl TestProxy {
@@ -190,7 +196,6 @@ impl TestProxy {
             log,
             lines: Mutex::new(lines),
             records: Mutex::default(),
-            read: Mutex::default(),
         };
         let address = |line: &str| {
             let (_, rest) = line.split_once("address=").unwrap();
@@ -355,13 +360,13 @@ impl TestProxy {
 
     /// All access records so far.
     pub fn records(&self) -> Vec<serde_json::Value> {
-        self.read_records().clone()
+        self.read_records().all.clone()
     }
 
     /// Reads what has come since.
-    fn read_records(&self) -> MutexGuard<'_, Vec<serde_json::Value>> {
+    fn read_records(&self) -> MutexGuard<'_, Records> {
         let mut records = self.records.lock().unwrap();
-        let mut read = self.read.lock().unwrap();
+        let Records { read, all } = &mut *records;
         for entry in fs::read_dir(self.folder.path()).unwrap().flatten() {
             if !entry.file_name().to_string_lossy().starts_with("access.log") {
                 continue;
@@ -374,7 +379,7 @@ impl TestProxy {
             // What is being written is no line yet.
             let whole = text.rfind('\n').map_or(0, |end| end + 1);
             *read += whole as u64;
-            records.extend(
+            all.extend(
                 text[..whole]
                     .lines()
                     .map(|line| serde_json::from_str::<serde_json::Value>(line).unwrap()),
@@ -385,13 +390,13 @@ impl TestProxy {
 
     /// Waits until there are so many access records.
     pub fn await_records(&self, count: usize) -> Vec<serde_json::Value> {
-        await_some("access records", || (self.read_records().len() >= count).then_some(()));
+        await_some("access records", || (self.read_records().all.len() >= count).then_some(()));
         self.records()
     }
 
     /// Waits for a record, by its number.
     pub fn await_record(&self, number: usize) -> serde_json::Value {
-        await_some("an access record", || self.read_records().get(number).cloned())
+        await_some("an access record", || self.read_records().all.get(number).cloned())
     }
 
     /// Open descriptors of the node.
